@@ -1,0 +1,15 @@
+"""What every doctest may use without importing it: torch, nn and the public names."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import torchreg
+
+
+@pytest.fixture(autouse=True)
+def _public_names(doctest_namespace: dict[str, Any]) -> None:
+    doctest_namespace.update({name: getattr(torchreg, name) for name in dir(torchreg) if name[0].isupper()})
+    doctest_namespace.update(torch=torch, nn=nn, tr=torchreg)

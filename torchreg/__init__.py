@@ -1,0 +1,26 @@
+"""torchreg: regularization for PyTorch that means what it says.
+
+reg = tr.Regularizer(model, tr.L1(1e-4))
+loss = criterion(model(x), y) + reg()                                            # A. add it to a loss
+criterion = tr.RegularizedLoss(nn.CrossEntropyLoss(), reg)                       # B. wrap a loss
+optimizer = tr.optim.ProxAdam(model.parameters(), lr=1e-3, regularizer=reg)      # C. exact zeros
+"""
+
+from torchreg import functional as functional
+from torchreg import optim as optim
+from torchreg.loss import RegularizedLoss as RegularizedLoss
+from torchreg.penalties import L1 as L1
+from torchreg.penalties import L2 as L2
+from torchreg.penalties import ElasticNet as ElasticNet
+from torchreg.penalties import Penalty as Penalty
+from torchreg.regularizer import Regularizer as Regularizer
+from torchreg.regularizer import Term as Term
+from torchreg.selection import Selected as Selected
+from torchreg.selection import select as select
+from torchreg.zeros import FrozenZeros as FrozenZeros
+from torchreg.zeros import LayerSparsity as LayerSparsity
+from torchreg.zeros import Sparsity as Sparsity
+from torchreg.zeros import freeze_zeros as freeze_zeros
+from torchreg.zeros import sparsity as sparsity
+
+__version__ = "0.1.0"

@@ -1,0 +1,66 @@
+"""Checks of single numbers and steps, each with an error that gives the value, the reason and the next move."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+Step = float | Tensor
+"""A prox step: a number, or a tensor that broadcasts against the weights."""
+
+
+def nonnegative(name: str, value: object, next_move: str) -> float:
+    """`value` as a float if it is a finite number ≥ 0, else an error that ends with `next_move`."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}, not a number; {next_move}")
+    number = float(value)
+    if not math.isfinite(number) or number < 0:
+        raise ValueError(f"{name}={value!r} must be finite and at least 0; {next_move}")
+    return number
+
+
+def step(value: object, shape: torch.Size) -> Step:
+    """`value` as a prox step for weights of `shape`. Reads a tensor, so it may synchronize with its device.
+
+    >>> step(-0.1, torch.Size([3]))
+    Traceback (most recent call last):
+    ...
+    ValueError: step=-0.1 must be finite and at least 0; pass the learning rate, or a tensor of steps
+    """
+    if not isinstance(value, Tensor):
+        return nonnegative("step", value, "pass the learning rate, or a tensor of steps")
+    if not value.is_floating_point():
+        raise TypeError(f"step has dtype {value.dtype}; steps are real floating-point numbers, convert with .float()")
+    try:
+        fits = torch.broadcast_shapes(value.shape, shape) == shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"step of shape {tuple(value.shape)} does not broadcast to weights of shape {tuple(shape)}; "
+            "pass a number, or one step per weight"
+        )
+    if value.device.type != "meta" and not bool(((value >= 0) & value.isfinite()).all()):
+        raise ValueError("step has negative, infinite or NaN entries; every entry must be finite and at least 0")
+    return widened(value)
+
+
+def weights(name: str, w: object) -> Tensor:
+    """`w` if it is a floating or complex tensor, else an error."""
+    if not isinstance(w, Tensor):
+        raise TypeError(
+            f"{name} takes a tensor of weights, got {type(w).__name__}; for a model use Regularizer(model, ...)"
+        )
+    if not (w.is_floating_point() or w.is_complex()):
+        raise TypeError(f"{name} needs floating or complex weights, got {w.dtype}; convert them with .float()")
+    return w
+
+
+def widened(w: Tensor) -> Tensor:
+    """`w` in float32 or wider: sums of float16 overflow, and bfloat16 rounds a total to 8 bits."""
+    if w.dtype in (torch.float32, torch.float64, torch.complex64, torch.complex128):
+        return w
+    return w.to(torch.complex64 if w.is_complex() else torch.float32)

@@ -1,0 +1,254 @@
+"""Attachment: a regularizer's prox carried by an optimizer."""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torchreg.optim.step_sizes import StepSize, adam_step, step_size_of
+from torchreg.penalties import Penalty
+from torchreg.regularizer import Bound, Regularizer
+
+
+class Prox(ABC):
+    """One prox after each real step of an optimizer, for each parameter that the step has moved."""
+
+    step_size: StepSize
+
+    @abstractmethod
+    def penalties(self, optimizer: Optimizer) -> Mapping[int, Penalty | None]:
+        """The penalty of each regularized parameter, by its `id`; None while the regularizer is disabled."""
+
+    def before(self, optimizer: Optimizer) -> None:
+        """Just before the optimizer's update, while its state is the old one."""
+        look = getattr(self.step_size, "before", None)
+        if look is not None:
+            for group, parameter, _ in self._stepped(optimizer):
+                look(optimizer, group, parameter)
+
+    def apply(self, optimizer: Optimizer) -> None:
+        """Just after the optimizer's update."""
+        for group, parameter, penalty in self._stepped(optimizer):
+            # Asked for even where λ is 0: the build-up of momentum goes on while λ waits.
+            step = self.step_size(optimizer, group, parameter)
+            if penalty is None or penalty.is_zero or (not isinstance(step, Tensor) and step == 0):
+                continue
+            found_inf = getattr(optimizer, "found_inf", None)
+            if found_inf is not None:
+                # A fused optimizer is called on steps that the GradScaler skips: it skips them on the device.
+                skipped = found_inf.to(parameter.device).reshape(()) > 0
+                step = torch.where(skipped, 0.0, step)
+            penalty.prox_(parameter, step)
+
+    def _stepped(self, optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], Tensor, Penalty | None]]:
+        penalties = self.penalties(optimizer)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and id(parameter) in penalties:
+                    yield group, parameter, penalties[id(parameter)]
+
+
+class Frozen(Prox):
+    """The prox of an optimizer copied without its regularizer: penalties as they were, on its own parameters."""
+
+    def __init__(self, pairs: list[tuple[Tensor, Penalty | None]], step_size: StepSize) -> None:
+        self.pairs = pairs
+        self.step_size = step_size
+        self._penalties = {id(parameter): penalty for parameter, penalty in pairs}
+
+    def penalties(self, optimizer: Optimizer) -> Mapping[int, Penalty | None]:
+        return self._penalties
+
+
+class Attachment(Prox):
+    """The prox of a regularizer on an optimizer, as `attach` returns it: `remove()` takes it off.
+
+    The optimizer holds it, the regularizer only weakly: when the optimizer dies, its parameters return to the loss
+    route.
+
+    Attributes:
+        regularizer: whose penalties it applies.
+        active: False once removed.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, regularizer: Regularizer, step_size: StepSize, *, partial: bool, hooked: bool
+    ) -> None:
+        if not isinstance(regularizer, Regularizer):
+            raise TypeError(
+                f"regularizer is a {type(regularizer).__name__}; build one first: Regularizer(model, L1(1e-4))"
+            )
+        self.regularizer = regularizer
+        self.step_size = step_size
+        self.active = True
+        self._optimizer = weakref.ref(optimizer)
+        self._partial = partial
+        self._hooked = hooked
+        self._handles: list[Any] = []
+        self._held: dict[int, Bound] = {}
+        self._seen: tuple[list[int], list[Tensor]] = ([], [])
+        self._refresh(optimizer)
+        regularizer._attach(self)
+        if hooked:
+            before = optimizer.register_step_pre_hook(self._before_hook)
+            after = optimizer.register_step_post_hook(self._after_hook)
+            # First among the hooks: a mask or an average must see the weights after the prox.
+            optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
+            self._handles = [before, after]
+
+    def remove(self) -> None:
+        """Takes the prox off the optimizer: `reg()` has the gradient of its parameters again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.active = False
+        self.regularizer._detach(self)
+
+    def penalties(self, optimizer: Optimizer) -> Mapping[int, Penalty | None]:
+        enabled = self.regularizer.enabled
+        return {id_: bound.penalty if enabled else None for id_, bound in self.held().items()}
+
+    def held(self) -> Mapping[int, Bound]:
+        """By `id`, the parameters that this optimizer regularizes by prox."""
+        optimizer = self._optimizer()
+        if optimizer is None or not self.active:
+            return {}
+        self._refresh(optimizer)
+        return self._held
+
+    def describe(self) -> str:
+        """The route's name in `explain()`."""
+        return f"prox ({type(self._optimizer()).__name__})"
+
+    def pairs(self) -> list[tuple[Tensor, Penalty | None]]:
+        """(parameter, penalty) as they stand: what a copy of the optimizer alone goes on with."""
+        enabled = self.regularizer.enabled
+        return [(bound.parameter(), bound.penalty if enabled else None) for bound in self.held().values()]
+
+    def renew(self, regularizer: Regularizer, memo: Mapping[int, Any] | None = None) -> None:
+        """Carries `regularizer`, a copy, on the copy of the optimizer that `memo` holds; without a memo on its own."""
+        optimizer: Any = self._optimizer() if memo is None else memo.get(id(self._optimizer()))
+        if optimizer is None:
+            return
+        new = Attachment(optimizer, regularizer, self.step_size, partial=self._partial, hooked=self._hooked)
+        if not self._hooked:
+            optimizer.attachment = new
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **self.__dict__,
+            "regularizer": None,
+            "_optimizer": self._optimizer(),
+            "_handles": [],
+            "_held": {},
+            "_seen": None,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        optimizer = state["_optimizer"]
+        self.__dict__.update(state, _optimizer=lambda: optimizer)
+
+    def _before_hook(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.before(optimizer)
+
+    def _after_hook(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        with torch.set_grad_enabled(bool(optimizer.defaults.get("differentiable"))):
+            self.apply(optimizer)
+
+    def _refresh(self, optimizer: Optimizer) -> None:
+        """Finds which selected parameters the optimizer holds, if the model or the groups have changed since."""
+        bounds = self.regularizer._current(materialized=False)
+        live = [bound.parameter() for bound in bounds]
+        sizes = [len(group["params"]) for group in optimizer.param_groups]
+        if sizes == self._seen[0] and list(map(id, live)) == list(map(id, self._seen[1])):
+            return
+        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        held = {id(parameter): bound for parameter, bound in zip(live, bounds, strict=True) if id(parameter) in own}
+        self._check(optimizer, held, [b for p, b in zip(live, bounds, strict=True) if id(p) not in own])
+        self._held, self._seen = held, (sizes, live)
+
+    def _check(self, optimizer: Optimizer, held: dict[int, Bound], missing: list[Bound]) -> None:
+        """Raises where this optimizer cannot carry the prox of what is selected."""
+        kind = type(optimizer).__name__
+        names = ", ".join(bound.name for bound in missing)
+        before = {bound.name for bound in self._held.values()}
+        if any(bound.name in before for bound in missing):
+            raise RuntimeError(
+                f"{kind} holds a former tensor of {names}: the model's parameter was replaced (as load_state_dict"
+                "(assign=True), to_empty and parametrizations do). Build the optimizer again from model.parameters()"
+            )
+        if missing and not self._partial:
+            raise ValueError(
+                f"{kind} does not hold the selected {names}; give it these parameters, exclude them from the "
+                "regularizer, or pass partial=True if another optimizer has them"
+            )
+        if not held:
+            raise ValueError(f"{kind} holds none of the selected parameters ({names}); give it some, or select others")
+        others = [route for route in self.regularizer._live_routes() if route is not self]
+        others += [other for other in attachments_of(optimizer) if other is not self]
+        for other in others:
+            for id_ in held.keys() & other.held().keys():
+                raise ValueError(
+                    f"{held[id_].name} already has its {other.describe()}, and twice is another penalty; take that off "
+                    "first, with handle.remove() or optimizer.attachment.remove()"
+                )
+        for bound in held.values():
+            if bound.parameter().is_complex() and self.step_size is adam_step:
+                raise ValueError(
+                    f"{bound.name} is complex: {kind} steps its real and imaginary parts apart, under which the "
+                    "penalty of the modulus has no closed-form prox; use ProxSGD, or add reg() to the loss"
+                )
+
+
+def attach(
+    optimizer: Optimizer, regularizer: Regularizer, *, step_size: StepSize | None = None, partial: bool = False
+) -> Attachment:
+    """Lets an optimizer that exists apply the prox of `regularizer` after each of its steps: exact zeros.
+
+    w ← prox(w, s) with s the optimizer's unit response (see `torchreg.optim.step_sizes`), so that the solution is that
+    of loss + penalty whatever the optimizer. From now on `reg()` gives the value of the penalty without a gradient
+    for the parameters that `optimizer` holds.
+
+    Args:
+        optimizer: SGD, Adam or AdamW of `torch.optim`; any other with a `step_size` of yours.
+        regularizer: whose penalties to apply.
+        step_size: `fn(optimizer, group, parameter) -> number or tensor`, asked for after each real step. The default
+            is the unit response of the optimizer's class.
+        partial: allow that the optimizer lacks some selected parameters; another may carry those.
+    Returns:
+        The attachment; its `remove()` undoes it. A `deepcopy` of a stock optimizer alone has no hooks, and so no prox:
+        copy (model, regularizer, optimizer) together, or attach again.
+    Raises:
+        ValueError: the class has no known unit response, the optimizer lacks a selected parameter, or a parameter
+            already has a prox. Nothing has changed then.
+
+    >>> model = torch.nn.Linear(3, 1)
+    >>> reg = Regularizer(model, L1(0.1))
+    >>> optimizer = torch.optim.Adam(model.parameters())
+    >>> handle = attach(optimizer, reg)
+    >>> reg().requires_grad
+    False
+    >>> handle.remove()
+    >>> reg().requires_grad
+    True
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}; pass the optimizer itself")
+    if step_size is None:
+        step_size = step_size_of(optimizer)
+    elif not callable(step_size):
+        raise TypeError(f"step_size={step_size!r} cannot be called; pass fn(optimizer, group, parameter) -> step")
+    return Attachment(optimizer, regularizer, step_size, partial=partial, hooked=True)
+
+
+def attachments_of(optimizer: Optimizer) -> list[Attachment]:
+    """Every attachment that `optimizer` carries."""
+    hooks = optimizer._optimizer_step_post_hooks.values()
+    found = [getattr(hook, "__self__", None) for hook in hooks] + [getattr(optimizer, "attachment", None)]
+    return [attachment for attachment in found if isinstance(attachment, Attachment)]

@@ -1,0 +1,165 @@
+"""ProxSGD, ProxAdam, ProxAdamW: the stock optimizers with the prox in their own step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from torchreg.optim.attachment import Attachment, Frozen, Prox
+from torchreg.optim.step_sizes import STEP_SIZES
+from torchreg.regularizer import Regularizer
+
+
+class Proximal(Optimizer):
+    """What the swap-ins share: the stock step, then the prox.
+
+    Attributes:
+        attachment: the handle of the prox; `attachment.remove()` leaves a stock optimizer.
+    """
+
+    _stock: ClassVar[type[Optimizer]]
+    __signature__: ClassVar[inspect.Signature]
+    attachment: Prox | None = None
+
+    def __init_subclass__(cls, stock: type[Optimizer], **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._stock = stock
+        # help() and IDEs show the arguments of the stock class, whatever its version has.
+        signature = inspect.signature(stock)
+        own = [inspect.signature(Proximal.__init__).parameters[name] for name in ("regularizer", "partial")]
+        cls.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *own])
+
+    def __init__(self, params: Any, *args: Any, regularizer: Regularizer, partial: bool = False, **kwargs: Any) -> None:
+        super().__init__(params, *args, **kwargs)
+        self.attachment = Attachment(self, regularizer, STEP_SIZES[self._stock], partial=partial, hooked=False)
+
+    @property
+    def regularizer(self) -> Regularizer | None:
+        """The regularizer whose prox this applies; None on a copy made without it."""
+        return self.attachment.regularizer if isinstance(self.attachment, Attachment) else None
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """The stock step, then w ← prox(w, unit response) for every selected parameter that has a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+        Returns:
+            What `closure` returned, or None.
+        """
+        if self.attachment is None:
+            return _unhooked(self._stock)(self, closure)
+        self.attachment.before(self)
+        loss = _unhooked(self._stock)(self, closure)
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            self.attachment.apply(self)
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group as the stock class does; its selected parameters get the prox from now on."""
+        super().add_param_group(param_group)
+        if isinstance(self.attachment, Attachment):
+            try:
+                self.attachment.held()
+            except Exception:
+                self.param_groups.pop()
+                raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        pairs = self.attachment.pairs if isinstance(self.attachment, Frozen) else []
+        if isinstance(self.attachment, Attachment):
+            pairs = self.attachment.pairs()
+        return {**super().__getstate__(), "pairs": pairs}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        pairs = state.pop("pairs", None)  # absent where load_state_dict calls this
+        super().__setstate__(state)
+        if pairs is not None:
+            self.attachment = Frozen(pairs, STEP_SIZES[self._stock]) if pairs else None
+
+
+class ProxSGD(Proximal, SGD, stock=SGD):
+    """`torch.optim.SGD` with a prox: w ← prox(w − lr·b, lr·c), b the momentum buffer and c its unit response.
+
+    c is the momentum buffer of a constant gradient 1, so that weights rest exactly where gradient + ∂Ω = 0, with any
+    momentum, dampening and nesterov. At strength 0 every step is the stock step, bit for bit.
+
+    Args:
+        params, lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused: as in
+            `torch.optim.SGD`. Its `weight_decay=wd` is L2(wd/2) in the gradient.
+        regularizer: whose penalties to apply; `params` must hold all that it selects.
+        partial: allow that `params` lacks some of them; another optimizer may carry those.
+    Raises:
+        ValueError: a selected parameter is missing, or already has a prox.
+    Source: Beck and Teboulle, 2009, for the proximal gradient step.
+
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> reg = Regularizer(model, L1(10.0))
+    >>> optimizer = ProxSGD(model.parameters(), lr=0.1, momentum=0.9, regularizer=reg)
+    >>> model(torch.ones(1, 2)).sum().backward()
+    >>> optimizer.step()
+    >>> model.weight.detach()
+    tensor([[0., 0.]])
+    """
+
+
+class ProxAdam(Proximal, Adam, stock=Adam):
+    """`torch.optim.Adam` with a prox: w ← prox(w − s·m̂, s) with s = lr/(√v̂ + ε) for each weight.
+
+    s is the step that Adam takes for a gradient of 1, so that weights rest exactly where gradient + ∂Ω = 0. At
+    strength 0 every step is the stock step, bit for bit.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, foreach, maximize, capturable, differentiable, fused: as in
+            `torch.optim.Adam`. Its `weight_decay=wd` is L2(wd/2) in the gradient.
+        regularizer: whose penalties to apply; `params` must hold all that it selects.
+        partial: allow that `params` lacks some of them; another optimizer may carry those.
+    Raises:
+        ValueError: a selected parameter is missing, complex, or already has a prox.
+    Source: Yun, Lozano and Yang, 2021 (ProxGen), for the prox in Adam's metric.
+
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> reg = Regularizer(model, L1(1e3))
+    >>> optimizer = ProxAdam(model.parameters(), lr=0.1, regularizer=reg)
+    >>> model(torch.ones(1, 2)).sum().backward()
+    >>> optimizer.step()
+    >>> model.weight.detach()
+    tensor([[0., 0.]])
+    """
+
+
+class ProxAdamW(Proximal, AdamW, stock=AdamW):
+    """`torch.optim.AdamW` with a prox: decay, then w ← prox(w − s·m̂, s) with s = lr/(√v̂ + ε) for each weight.
+
+    Decoupled decay is no gradient: weights rest where gradient + ∂Ω + wd·(√v̂ + ε)·w = 0. The penalty's own solution is
+    that of weight_decay=0 (the stock default is 1e-2); for true ridge put L2 or ElasticNet in the regularizer.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused: as in
+            `torch.optim.AdamW`.
+        regularizer: whose penalties to apply; `params` must hold all that it selects.
+        partial: allow that `params` lacks some of them; another optimizer may carry those.
+    Raises:
+        ValueError: a selected parameter is missing, complex, or already has a prox.
+    Source: Loshchilov and Hutter, 2019; Yun, Lozano and Yang, 2021 (ProxGen).
+
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> reg = Regularizer(model, L1(1e3))
+    >>> optimizer = ProxAdamW(model.parameters(), lr=0.1, regularizer=reg)
+    >>> model(torch.ones(1, 2)).sum().backward()
+    >>> optimizer.step()
+    >>> model.weight.detach()
+    tensor([[0., 0.]])
+    """
+
+
+def _unhooked(stock: type[Optimizer]) -> Callable[..., Any]:
+    """The stock step without its hooks: torch wraps `step` once an instance exists, and hooks would fire twice."""
+    step: Any = stock.step
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__
+    return step  # type: ignore[no-any-return]

@@ -1,0 +1,6 @@
+"""The penalties, one a file: value and prox side by side."""
+
+from torchreg.penalties.base import Penalty as Penalty
+from torchreg.penalties.elastic_net import ElasticNet as ElasticNet
+from torchreg.penalties.l1 import L1 as L1
+from torchreg.penalties.l2 import L2 as L2

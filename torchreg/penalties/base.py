@@ -1,0 +1,102 @@
+"""What a penalty is: a value and a prox, and nothing that knows of names or models."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from torchreg import checks
+from torchreg.checks import Step
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Penalty(ABC):
+    """Ω(w): pure, immutable maths, with its value and its prox side by side.
+
+    A subclass is a frozen dataclass whose fields named in `strengths` multiply it. It writes two formulas,
+    `_value(w)` and `_prox(w, step)`, on weights that are already checked and in float32 or wider.
+
+    Attributes:
+        name: the key of a regularizer's term that has this penalty alone.
+        formula: as it stands in the field, shown by `repr`.
+        strengths: names of the fields that are strengths (λ).
+        convex: Ω is convex.
+        separable: Ω is a sum over single weights.
+        smooth: Ω is differentiable everywhere.
+    """
+
+    name: ClassVar[str]
+    formula: ClassVar[str]
+    strengths: ClassVar[tuple[str, ...]]
+    convex: ClassVar[bool]
+    separable: ClassVar[bool]
+    smooth: ClassVar[bool]
+
+    def __post_init__(self) -> None:
+        for name in self.strengths:
+            value = checks.nonnegative(name, getattr(self, name), f"write {type(self).__name__}({name}=1e-4)")
+            object.__setattr__(self, name, value)
+
+    def __call__(self, w: Tensor) -> Tensor:
+        """Ω(w).
+
+        Args:
+            w: any shape, floating or complex.
+        Returns:
+            A 0-d real tensor that autograd can follow, in float32 or wider.
+        Raises:
+            TypeError: `w` is no tensor, or of an integer type.
+        """
+        return self._value(checks.widened(checks.weights(type(self).__name__, w)))
+
+    def prox(self, w: Tensor, step: Step) -> Tensor:
+        """argmin_u ½‖u − w‖²_{1/step} + Ω(u), where ‖x‖²_{1/step} = Σ|x|²/step.
+
+        Args:
+            w: any shape, floating or complex.
+            step: a finite number ≥ 0, or a real tensor of such that broadcasts against `w`; 0 gives `w` back.
+        Returns:
+            A new tensor of `w`'s shape and dtype. The computation is in float32 or wider, then rounded once.
+        Raises:
+            TypeError: `w` is no floating or complex tensor, or `step` is no real number or tensor.
+            ValueError: `step` is negative, infinite or NaN, or does not broadcast. (Looking at a tensor step
+                synchronizes with its device; `prox_` does not look.)
+        """
+        wide = checks.widened(checks.weights(type(self).__name__, w))
+        return self._prox(wide, checks.step(step, w.shape)).to(w.dtype)
+
+    def prox_(self, w: Tensor, step: Step) -> Tensor:
+        """`prox` in place, for a training step: a tensor `step` is not looked at, so nothing synchronizes."""
+        return w.copy_(self._prox(checks.widened(w), step))
+
+    def scaled(self, factor: float) -> Self:
+        """The same penalty with every strength multiplied by `factor`.
+
+        >>> from torchreg import L1
+        >>> L1(0.5).scaled(0.1)
+        L1(strength=0.05)  # λΣ|w|
+        """
+        return dataclasses.replace(self, **{name: getattr(self, name) * factor for name in self.strengths})
+
+    @property
+    def is_zero(self) -> bool:
+        """Every strength is 0: Ω is zero, and its prox the identity."""
+        return all(getattr(self, name) == 0 for name in self.strengths)
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{field.name}={getattr(self, field.name)!r}" for field in dataclasses.fields(self))
+        return f"{type(self).__name__}({fields})  # {self.formula}"
+
+    @abstractmethod
+    def _value(self, w: Tensor) -> Tensor:
+        """Ω(w) for checked weights in float32 or wider."""
+
+    @abstractmethod
+    def _prox(self, w: Tensor, step: Step) -> Tensor:
+        """The prox for checked weights in float32 or wider; a tensor step is taken on trust."""

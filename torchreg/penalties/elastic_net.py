@@ -1,0 +1,89 @@
+"""Elastic net = λ₁Σ|w| + λ₂Σw²: sparse weights that share the load of correlated inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from torchreg import checks
+from torchreg.checks import Step
+from torchreg.functional import soft_threshold
+from torchreg.penalties.base import Penalty
+from torchreg.penalties.l2 import sum_of_squares
+
+
+@dataclass(frozen=True, repr=False)
+class ElasticNet(Penalty):
+    """λ₁Σ|w| + λ₂Σw².
+
+    prox(w, step) = soft(w, step·λ₁) / (1 + 2·step·λ₂), with soft the soft threshold: exact zeros.
+
+    The gradient is λ₁·sign(w) + 2λ₂w. For complex weights |w| is the modulus.
+
+    Args:
+        l1: λ₁ ≥ 0, in units of loss per unit of |w|.
+        l2: λ₂ ≥ 0, in units of loss per unit of w².
+    Shape:
+        w: any shape, floating or complex. The value is a 0-d tensor (float32 or wider); the prox keeps w's
+        shape and dtype.
+    Raises:
+        TypeError: a strength is not a number.
+        ValueError: a strength is negative, infinite or NaN.
+    Source: Zou and Hastie, 2005.
+
+    >>> ElasticNet(l1=0.5, l2=0.25)(torch.tensor([2.0, -0.25]))
+    tensor(2.1406)
+    >>> ElasticNet(l1=0.5, l2=0.25).prox(torch.tensor([2.0, -0.25]), step=1.0)
+    tensor([1., 0.])
+    """
+
+    l1: float
+    l2: float
+
+    name: ClassVar[str] = "elastic_net"
+    formula: ClassVar[str] = "λ₁Σ|w| + λ₂Σw²"
+    strengths: ClassVar[tuple[str, ...]] = ("l1", "l2")
+    convex: ClassVar[bool] = True
+    separable: ClassVar[bool] = True
+    smooth: ClassVar[bool] = False
+
+    @classmethod
+    def from_ratio(cls, strength: float, l1_ratio: float) -> ElasticNet:
+        """strength·(l1_ratio·Σ|w| + (1 − l1_ratio)·Σw²).
+
+        >>> ElasticNet.from_ratio(0.5, l1_ratio=0.75)
+        ElasticNet(l1=0.375, l2=0.125)  # λ₁Σ|w| + λ₂Σw²
+        """
+        strength = checks.nonnegative("strength", strength, "write ElasticNet.from_ratio(1e-4, l1_ratio=0.5)")
+        ratio = _ratio(l1_ratio)
+        return cls(l1=strength * ratio, l2=strength * (1 - ratio))
+
+    @classmethod
+    def from_sklearn(cls, alpha: float, l1_ratio: float = 0.5) -> ElasticNet:
+        """alpha·(l1_ratio·Σ|w| + ½(1 − l1_ratio)·Σw²), the penalty of `sklearn.linear_model.ElasticNet`.
+
+        Scikit-learn adds it to ½·MSE. `nn.MSELoss` has no ½: there double `alpha`. Lasso is `l1_ratio=1`. Ridge
+        has another convention: it adds alpha·Σw² to the sum of squares, which is `L2(alpha / n)` with
+        `nn.MSELoss` on n samples.
+
+        >>> ElasticNet.from_sklearn(0.5, l1_ratio=0.5)
+        ElasticNet(l1=0.25, l2=0.125)  # λ₁Σ|w| + λ₂Σw²
+        """
+        alpha = checks.nonnegative("alpha", alpha, "write ElasticNet.from_sklearn(0.1, l1_ratio=0.5)")
+        ratio = _ratio(l1_ratio)
+        return cls(l1=alpha * ratio, l2=alpha * (1 - ratio) / 2)
+
+    def _value(self, w: Tensor) -> Tensor:
+        return self.l1 * w.abs().sum() + self.l2 * sum_of_squares(w)
+
+    def _prox(self, w: Tensor, step: Step) -> Tensor:
+        return soft_threshold(w, step * self.l1) / (1 + 2 * step * self.l2)
+
+
+def _ratio(l1_ratio: float) -> float:
+    ratio = checks.nonnegative("l1_ratio", l1_ratio, "it is the share of L1, between 0 and 1")
+    if ratio > 1:
+        raise ValueError(f"l1_ratio={l1_ratio!r} must be at most 1; it is the share of L1, between 0 and 1")
+    return ratio

@@ -1,0 +1,67 @@
+"""L2 = λΣw²: small weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from torchreg import checks
+from torchreg.checks import Step
+from torchreg.penalties.base import Penalty
+
+
+def sum_of_squares(w: Tensor) -> Tensor:
+    """Σ|w|², smooth at 0 for complex weights too, where |w| is not."""
+    return (w * w.conj()).real.sum() if w.is_complex() else w.square().sum()
+
+
+@dataclass(frozen=True, repr=False)
+class L2(Penalty):
+    """λΣw².
+
+    prox(w, step) = w / (1 + 2·step·λ): smaller weights, no zeros.
+
+    The gradient is 2λw. Torch's `weight_decay=wd` adds wd·w to the gradient, so it is λ = wd/2: use
+    `L2.from_weight_decay`. For complex weights w² is the squared modulus.
+
+    Args:
+        strength: λ ≥ 0, in units of loss per unit of w².
+    Shape:
+        w: any shape, floating or complex. The value is a 0-d tensor (float32 or wider); the prox keeps w's
+        shape and dtype.
+    Raises:
+        TypeError: strength is not a number.
+        ValueError: strength is negative, infinite or NaN.
+    Source: Hoerl and Kennard, 1970.
+
+    >>> L2(0.5)(torch.tensor([2.0, -1.0]))
+    tensor(2.5000)
+    >>> L2(0.5).prox(torch.tensor([2.0, -1.0]), step=1.0)
+    tensor([ 1.0000, -0.5000])
+    """
+
+    strength: float
+
+    name: ClassVar[str] = "l2"
+    formula: ClassVar[str] = "λΣw²"
+    strengths: ClassVar[tuple[str, ...]] = ("strength",)
+    convex: ClassVar[bool] = True
+    separable: ClassVar[bool] = True
+    smooth: ClassVar[bool] = True
+
+    @classmethod
+    def from_weight_decay(cls, weight_decay: float) -> L2:
+        """The L2 whose gradient is that of `torch.optim.SGD(weight_decay=...)`: λ = wd/2.
+
+        >>> L2.from_weight_decay(1e-2)
+        L2(strength=0.005)  # λΣw²
+        """
+        return cls(checks.nonnegative("weight_decay", weight_decay, "write L2.from_weight_decay(1e-4)") / 2)
+
+    def _value(self, w: Tensor) -> Tensor:
+        return self.strength * sum_of_squares(w)
+
+    def _prox(self, w: Tensor, step: Step) -> Tensor:
+        return w / (1 + 2 * step * self.strength)

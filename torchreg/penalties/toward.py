@@ -1,0 +1,65 @@
+"""Ω(w − w₀): any penalty, moved to have its minimum at an anchor."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from torch import Tensor
+
+from torchreg.checks import Step
+from torchreg.penalties.base import Penalty
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class Toward(Penalty):
+    """Ω(w − w₀).
+
+    prox(w, step) = w₀ + prox_Ω(w − w₀, step): where Ω's prox gives an exact zero, w is exactly w₀.
+
+    Users write `Regularizer(..., toward=state_dict)`, which makes one for each parameter.
+
+    Args:
+        penalty: Ω.
+        anchor: w₀, of the weights' shape.
+    Shape:
+        w: the anchor's shape.
+    Source: Li, Grandvalet and Davoine, 2018 (L2-SP).
+
+    >>> from torchreg import L1
+    >>> Toward(L1(0.5), torch.tensor([1.0, 1.0])).prox(torch.tensor([3.0, 1.25]), step=1.0)
+    tensor([2.5000, 1.0000])
+    """
+
+    penalty: Penalty
+    anchor: Tensor
+
+    name: ClassVar[str] = "toward"
+    formula: ClassVar[str] = "Ω(w − w₀)"
+    strengths: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def convex(self) -> bool:  # type: ignore[override]
+        return self.penalty.convex
+
+    @property
+    def separable(self) -> bool:  # type: ignore[override]
+        return self.penalty.separable
+
+    @property
+    def smooth(self) -> bool:  # type: ignore[override]
+        return self.penalty.smooth
+
+    @property
+    def is_zero(self) -> bool:
+        return self.penalty.is_zero
+
+    def scaled(self, factor: float) -> Toward:
+        return dataclasses.replace(self, penalty=self.penalty.scaled(factor))
+
+    def _value(self, w: Tensor) -> Tensor:
+        return self.penalty._value(w - self.anchor.to(w))
+
+    def _prox(self, w: Tensor, step: Step) -> Tensor:
+        anchor = self.anchor.to(w)
+        return anchor + self.penalty._prox(w - anchor, step)

@@ -1,0 +1,572 @@
+"""Regularizer: penalties bound to named parameters. Names meet maths here, nowhere else."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from torchreg import checks, selection, tables
+from torchreg.checks import Step
+from torchreg.penalties import Penalty
+from torchreg.penalties.toward import Toward
+from torchreg.selection import Inventory, Selected, Selector
+
+logger = logging.getLogger("torchreg")
+
+Rules = Mapping[Selector, Penalty | None] | Sequence[tuple[Selector, Penalty | None]]
+Scale = Callable[[str, Tensor], float]
+Plan = tuple[list[tuple[str, Any, Penalty | None]], Any, Scale | None, dict[str, Tensor] | None]
+
+
+class Term:
+    """One rule of a regularizer: its penalty, with the strengths as numbers that may be changed at any time.
+
+    A change takes effect at the next call or step. `strength` (or `l1` and `l2`, whatever the penalty calls
+    them) is the base λ; `factor` multiplies it, and is what a schedule moves.
+
+    >>> reg = Regularizer(nn.Linear(3, 2), L1(1e-4))
+    >>> reg["l1"].strength = 5e-4
+    >>> reg["l1"].factor = 0.5
+    >>> reg["l1"].penalty
+    L1(strength=0.00025)  # λΣ|w|
+    """
+
+    key: str
+    factor: float
+
+    def __init__(self, key: str, penalty: Penalty, factor: float = 1.0) -> None:
+        self.__dict__.update(key=key, factor=factor, version=0, _base=penalty)
+
+    @property
+    def penalty(self) -> Penalty:
+        """The penalty in force: every strength times the factor."""
+        return self._base.scaled(self.factor)
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        """The base strengths, by name."""
+        return {name: getattr(self._base, name) for name in self._base.strengths}
+
+    def __getattr__(self, name: str) -> Any:
+        base = self.__dict__.get("_base")
+        if base is not None and name in base.strengths:
+            return getattr(base, name)
+        raise AttributeError(f"term {self.__dict__.get('key')!r} has no {name!r}{self._choices()}")
+
+    def __setattr__(self, name: str, value: float) -> None:
+        if name != "factor" and name not in self._base.strengths:
+            raise AttributeError(f"term {self.key!r} has no {name!r} to set{self._choices()}")
+        number = checks.nonnegative(name, value, f"set reg[{self.key!r}].{name} to a number such as 1e-4")
+        if name == "factor":
+            self.__dict__["factor"] = number
+        else:
+            self.__dict__["_base"] = dataclasses.replace(self._base, **{name: number})
+        self.__dict__["version"] += 1
+
+    def __repr__(self) -> str:
+        return f"Term({self.key!r}, {self._base!r}, factor={self.factor!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def _choices(self) -> str:
+        base = self.__dict__.get("_base")
+        return f"; it has {', '.join((*base.strengths, 'factor'))}" if base is not None else ""
+
+
+@dataclasses.dataclass
+class Bound:
+    """One selected parameter with the term, scale and anchor that apply to it."""
+
+    selected: Selected
+    term: Term
+    scale: float = 1.0
+    anchor: Tensor | None = None
+    note: str = ""
+    _cached: tuple[int, Penalty] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.selected.name
+
+    @property
+    def penalty(self) -> Penalty:
+        """The pure penalty of this parameter, with factor, scale and anchor in it."""
+        if self._cached is None or self._cached[0] != self.term.version:
+            penalty = self.term.penalty.scaled(self.scale)
+            self._cached = (
+                self.term.version,
+                penalty if self.anchor is None else Toward(penalty, self.anchor),
+            )
+        return self._cached[1]
+
+    def parameter(self) -> Tensor:
+        """The parameter as it is now, with the anchor on its device."""
+        parameter = self.selected.parameter
+        if self.anchor is not None and self.anchor.device != parameter.device:
+            self.anchor, self._cached = self.anchor.to(parameter.device), None
+        return parameter
+
+
+class Route(Protocol):
+    """What an optimizer that carries a regularizer's prox tells it."""
+
+    def held(self) -> Mapping[int, Bound]:
+        """By `id`, the parameters that this optimizer regularizes by prox."""
+
+    def describe(self) -> str:
+        """The optimizer, in words."""
+
+    def renew(self, regularizer: Regularizer, memo: Mapping[int, Any] | None = None) -> None:
+        """Carries `regularizer`, a copy, on the copy of the optimizer that `memo` holds; without a memo on its own."""
+
+
+class Regularizer:
+    """Penalties bound to the parameters of a model: Σ over its terms of Ω_term(their parameters).
+
+    Names are resolved once; parameters are read through their modules at each use. The model is not registered
+    anywhere, so its parameters and `state_dict` stay as they are. A deepcopy or pickle that holds the model too
+    follows the copy; a deepcopy alone stays with the model it has.
+
+    Each parameter takes one route. Without a proximal optimizer it is the loss: add `reg()` to it. Once an
+    optimizer with a prox holds a parameter, `reg()` gives its value without a gradient, so that nothing is
+    penalized twice.
+
+    Args:
+        model: the model whose parameters are penalized.
+        penalty: one penalty for the default selection (or for `include`), or rules: a dict from selector to
+            penalty, or a list of (selector, penalty). The first rule that matches a parameter wins, and `None`
+            leaves it out.
+        include: which parameters a lone penalty takes; see `torchreg.select`. Rules name theirs themselves.
+        exclude: which parameters are left out, whatever selects them.
+        scale: `scale(name, parameter)` gives a factor ≥ 0 for the strengths of that parameter; called once, here.
+        toward: a state dict w₀ with an entry for every selected parameter: penalizes w − w₀. It is copied.
+    Raises:
+        TypeError: something of a kind that cannot serve: a tensor for the model, a selector of no known kind, a
+            parameter of an integer type.
+        ValueError: a selector matches nothing, a rule is wholly shadowed by earlier ones, `scale` gives no
+            factor, or `toward` lacks a parameter or has it in another shape.
+
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> reg = Regularizer(net, {"0.weight": L1(1e-3), "*.weight": L2(1e-4)})
+    >>> print(reg.explain())
+    parameter  shape  weights  term      λ                acts in  note
+    ---------  -----  -------  --------  ---------------  -------  --------------------------
+    0.weight   3×4         12  0.weight  strength=0.001   loss     also matched by "*.weight"
+    0.bias     3            3                                      bias
+    2.weight   2×3          6  *.weight  strength=0.0001  loss
+    2.bias     2            2                                      bias
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        penalty: Penalty | Rules,
+        *,
+        include: Selector | None = None,
+        exclude: Selector | None = None,
+        scale: Scale | None = None,
+        toward: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        inventory = Inventory(model)
+        rules = _as_rules(penalty, include, inventory)
+        self.model = model
+        self._enabled = True
+        self._routes: list[tuple[weakref.ref[Route], str]] = []
+        self._memo: dict[int, Any] | None = None
+        self._terms = {key: Term(key, rule) for key, _, rule in rules if rule is not None}
+        # While lazy modules are unmaterialized, shapes are unknown: the plan is kept and carried out again later.
+        left_out = None if exclude is None else inventory.by_name(exclude)
+        self._plan: Plan | None = (rules, left_out, scale, None if toward is None else _canonical(toward))
+        self._bind(inventory)
+        selection.warn_about([bound.selected for bound in self._bounds])
+
+    # ------------------------------------------------------------------ reading
+
+    def __call__(self) -> Tensor:
+        """Σ of all terms: a 0-d tensor, float32 or wider, with a gradient for the parameters on the loss route."""
+        bounds = self._current()
+        return _total([value for _, value in self._values(bounds)], bounds[0])
+
+    def components(self) -> dict[str, Tensor]:
+        """The value of each term, by its key; they sum to `reg()`."""
+        bounds = self._current()
+        parts: dict[str, list[Tensor]] = {key: [] for key in self._terms}
+        for key, value in self._values(bounds):
+            parts[key].append(value)
+        return {key: _total(values, bounds[0]) for key, values in parts.items()}
+
+    def prox_(self, step: Step | Mapping[str, Step]) -> None:
+        """Applies the prox to every selected parameter in place: for an optimizer of one's own.
+
+        Call it after the optimizer's step, and add only `reg().detach()` to the loss, or nothing.
+
+        Args:
+            step: the step by which a constant gradient of 1 would have moved a weight (plain SGD: the learning
+                rate); a number, a tensor that broadcasts against every parameter, or a dict from name to these.
+        Raises:
+            ValueError: a step is negative, infinite or NaN, does not broadcast, or is missing; nothing has changed.
+            RuntimeError: a parameter is already regularized by an attached optimizer.
+        """
+        bounds = self._current()
+        if routes := list(self._live_routes()):
+            raise RuntimeError(
+                f"{routes[0].describe()} already applies the prox; call its step alone, or remove the attachment first"
+            )
+        steps = []
+        for bound in bounds:
+            if isinstance(step, Mapping) and bound.name not in step:
+                raise ValueError(f"no step for {bound.name}; give one for each of {[b.name for b in bounds]}")
+            own = step[bound.name] if isinstance(step, Mapping) else step
+            steps.append(checks.step(own, bound.parameter().shape))
+        if self._enabled:
+            with torch.no_grad():
+                for bound, own in zip(bounds, steps, strict=True):
+                    bound.penalty.prox_(bound.parameter(), own)
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, parameter) of every selected parameter, as it is now."""
+        for bound in self._current():
+            yield bound.name, bound.parameter()
+
+    def explain(self) -> str:
+        """A table of every parameter of the model: its term, its λ, where it acts, and why the rest is left out."""
+        bounds = {bound.name: bound for bound in self._current(materialized=False)}
+        routes = {id_: route for route in self._live_routes() for id_ in route.held()}
+        rows = []
+        for entry in selection.named_parameters(self.model):
+            parameter = entry.parameter
+            lazy = is_lazy(parameter)
+            shape = "lazy" if lazy else tables.shape_text(parameter.shape)
+            count = "" if lazy else str(parameter.numel())
+            bound = next((bounds[name] for name in entry.names if name in bounds), None)
+            if bound is None:
+                rows.append([entry.name, shape, count, "", "", "", self._why_not.get(entry.name, "not selected")])
+                continue
+            penalty = bound.term.penalty.scaled(bound.scale)
+            strengths = ", ".join(f"{name}={getattr(penalty, name):g}" for name in penalty.strengths)
+            route = routes[id(parameter)].describe() if id(parameter) in routes else "loss"
+            tied = f"tied to {', '.join(name for name, _ in entry.ties)}" if entry.ties else ""
+            notes = [bound.note, tied, "" if bound.anchor is None else "toward", "" if self._enabled else "disabled"]
+            rows.append(
+                [bound.name, shape, count, bound.term.key, strengths, route, "; ".join(note for note in notes if note)]
+            )
+        return tables.render(["parameter", "shape", "weights", "term", "λ", "acts in", "note"], rows, right=[2])
+
+    # ------------------------------------------------------------------ strengths
+
+    def __getitem__(self, term: str) -> Term:
+        """The term of that key: `reg["l1"].strength = 1e-3`."""
+        self._settle()
+        if term not in self._terms:
+            raise KeyError(f"no term {term!r}; the terms are {list(self._terms)}")
+        return self._terms[term]
+
+    @property
+    def terms(self) -> dict[str, Term]:
+        """The terms by key, in the order of the rules."""
+        self._settle()
+        return dict(self._terms)
+
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        """The strengths and the factor of each term: plain numbers, for `torch.load(weights_only=True)`."""
+        return {key: {**term.strengths, "factor": term.factor} for key, term in self.terms.items()}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, float]]) -> None:
+        """Sets the strengths of every term; on an error nothing has changed.
+
+        Raises:
+            ValueError: the state is of other terms, or a number in it is not finite and ≥ 0.
+        """
+        own = self.state_dict()
+        if {key: set(values) for key, values in state.items()} != {key: set(values) for key, values in own.items()}:
+            raise ValueError(f"the state is of other terms: it has {_outline(state)}, this regularizer {_outline(own)}")
+        for key, values in state.items():
+            for name, value in values.items():
+                checks.nonnegative(f"{key}.{name}", value, "load a state that state_dict() wrote")
+        for key, values in state.items():
+            for name, value in values.items():
+                setattr(self._terms[key], name, value)
+
+    # ------------------------------------------------------------------ switching off
+
+    @property
+    def enabled(self) -> bool:
+        """False while every route is switched off."""
+        self._settle()
+        return self._enabled
+
+    def disable(self) -> None:
+        """Switches every route off: `reg()` is 0, and no prox acts, until `enable()`."""
+        self._settle()
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Switches every route on again."""
+        self._settle()
+        self._enabled = True
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Switches every route off inside a `with` block; what was before comes back after it."""
+        before = self.enabled
+        self.disable()
+        try:
+            yield
+        finally:
+            self._enabled = before
+
+    # ------------------------------------------------------------------ copies
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Regularizer:
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        self._settle()
+        new.__dict__.update(self._own_state(), model=self.model, _edges=self._edges, _routes=list(self._routes))
+        # The model may be copied after its regularizer: which one to follow is settled at the first use.
+        new._memo = memo
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        return {**self._own_state(), "model": self.model, "_routes": list(self._live_routes()), "_memo": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        routes = state.pop("_routes")
+        self.__dict__.update(state, _routes=[])
+        self._resolve()
+        for route in routes:
+            route.renew(self)
+
+    def _own_state(self) -> dict[str, Any]:
+        """All but the model and the routes; what names cannot restore is copied."""
+        terms = {key: Term(key, term._base, term.factor) for key, term in self._terms.items()}
+        return {
+            "_terms": terms,
+            "_bounds": [dataclasses.replace(bound, term=terms[bound.term.key], _cached=None) for bound in self._bounds],
+            "_why_not": self._why_not,
+            "_plan": self._plan,
+            "_enabled": self._enabled,
+        }
+
+    def _settle(self) -> None:
+        """Completes a deepcopy: follows the model and the optimizers that were copied together with this."""
+        if self._memo is None:
+            return
+        memo, self._memo = self._memo, None
+        if id(self.model) in memo:
+            routes, self._routes = list(self._live_routes()), []
+            self.model = memo[id(self.model)]
+            self._resolve()
+            for route in routes:
+                route.renew(self, memo)
+
+    # ------------------------------------------------------------------ binding
+
+    def _bind(self, inventory: Inventory) -> None:
+        """Carries out the plan: decides the term, scale and anchor of every parameter."""
+        assert self._plan is not None
+        rules, exclude, scale, toward = self._plan
+        why_not = dict(inventory.why_not)
+        excluded = set() if exclude is None else set(selection.matched_names(inventory, exclude))
+        why_not.update({name: f"excluded by {selection.selector_text(exclude)}" for name in excluded})
+        bounds: dict[str, Bound] = {}
+        taken: dict[str, str] = {}
+        for key, selector, penalty in rules:
+            matched = inventory.default() if selector is None else inventory.match(selector)
+            fresh = [entry for entry in matched if entry.name not in taken]
+            if not fresh:
+                earlier = " and ".join(f'"{other}"' for other in dict.fromkeys(taken[entry.name] for entry in matched))
+                raise ValueError(
+                    f'rule "{key}" is wholly shadowed by the earlier {earlier}: '
+                    "the first match wins, so put the narrower rule first, or remove this one"
+                )
+            for entry in matched:
+                if entry.name in taken and entry.name in bounds:
+                    bounds[entry.name].note = f'also matched by "{key}"'
+            taken.update({entry.name: key for entry in fresh})
+            for entry in fresh:
+                if entry.name in excluded:
+                    continue
+                if penalty is None:
+                    why_not[entry.name] = f'left out by rule "{key}"'
+                else:
+                    bounds[entry.name] = Bound(entry, self._terms[key])
+        if not bounds:
+            raise ValueError("the rules and exclude leave no parameter to regularize; widen the selection")
+        for entry in inventory.entries:
+            if entry.name not in taken and not why_not[entry.name]:
+                why_not[entry.name] = "no rule matches"
+        for name, bound in bounds.items():
+            parameter = bound.parameter()
+            if is_lazy(parameter):
+                continue
+            if scale is not None:
+                factor = scale(name, parameter)
+                bound.scale = checks.nonnegative(f"scale for {name}", factor, "return a factor such as 1.0")
+            if toward is not None:
+                bound.anchor = _anchor(toward, bound.selected, parameter)
+        self._bounds = [bounds[entry.name] for entry in inventory.entries if entry.name in bounds]
+        self._why_not = why_not
+        self._edges = _edges(self.model)
+        if not any(is_lazy(entry.parameter) for entry in inventory.entries):
+            self._plan = None
+
+    def _resolve(self) -> None:
+        """Finds the owner of every bound parameter in the model by its name; on an error nothing has changed."""
+        places = {
+            name: (entry, owner) for entry in selection.named_parameters(self.model) for name, owner in entry.places
+        }
+        modules = dict(selection.named_modules(self.model))
+        found = []
+        for bound in self._bounds:
+            path, _, attribute = bound.name.rpartition(".")
+            if bound.name in places:
+                entry, owner = places[bound.name]
+                found.append(Selected(bound.name, owner, attribute, [p for p in entry.places if p[0] != bound.name]))
+            elif path in modules and hasattr(modules[path], attribute):
+                found.append(Selected(bound.name, modules[path], attribute))
+            else:
+                raise RuntimeError(f"the model has no {bound.name} any more; build a new Regularizer for it")
+        for bound, selected in zip(self._bounds, found, strict=True):
+            bound.selected = selected
+        self._edges = _edges(self.model)
+
+    def _current(self, materialized: bool = True) -> list[Bound]:
+        """The bound parameters, after every check that they are still those of the model."""
+        self._settle()
+        if self._plan is not None and not any(is_lazy(p) for p in self.model.parameters()):
+            self._bind(Inventory(self.model))
+        if any(modules.get(key) is not child for modules, key, child in self._edges):
+            self._follow()
+        if materialized and self._plan is not None:
+            for bound in self._bounds:
+                if is_lazy(bound.parameter()):
+                    raise RuntimeError(
+                        f"{bound.name} is not materialized yet; run one forward pass through the model first"
+                    )
+        return self._bounds
+
+    def _follow(self) -> None:
+        """A module was replaced: goes on if it was only wrapped, and refuses if it is another one."""
+        before = {bound.name: bound.selected.owner for bound in self._bounds}
+        modules = dict(selection.named_modules(self.model))
+        for name, owner in before.items():
+            path = name.rpartition(".")[0]
+            if modules.get(path) is not owner:
+                raise RuntimeError(
+                    f"module {path!r} was replaced after the Regularizer was built, so {name} is no longer part of "
+                    "the model; build a new Regularizer (and optimizer) for the model as it is now"
+                )
+        self._edges = _edges(self.model)
+
+    # ------------------------------------------------------------------ routes
+
+    def _values(self, bounds: list[Bound]) -> Iterator[tuple[str, Tensor]]:
+        if not self._enabled:
+            return
+        held = {id_ for route in self._live_routes() for id_ in route.held()}
+        for bound in bounds:
+            parameter = bound.parameter()
+            penalty = bound.penalty
+            if not penalty.is_zero:
+                yield bound.term.key, penalty(parameter.detach() if id(parameter) in held else parameter)
+
+    def _live_routes(self) -> Iterator[Route]:
+        """The attached optimizers. One that has died leaves its parameters to the loss route, said once."""
+        for item in list(self._routes):
+            route = item[0]()
+            if route is None:
+                self._routes.remove(item)
+                logger.warning("the %s is gone: reg() has the gradient of its parameters again", item[1])
+            else:
+                yield route
+
+    def _attach(self, route: Route) -> None:
+        self._routes.append((weakref.ref(route), route.describe()))
+
+    def _detach(self, route: Route) -> None:
+        self._routes = [item for item in self._routes if item[0]() is not route]
+
+
+def _as_rules(penalty: Any, include: Selector | None, inventory: Inventory) -> list[tuple[str, Any, Penalty | None]]:
+    """(key, selector, penalty) of each rule; the selector None means the default selection."""
+    if isinstance(penalty, Penalty):
+        return [(penalty.name, None if include is None else inventory.by_name(include), penalty)]
+    if include is not None:
+        raise ValueError("include goes with a single penalty; in rules each selector says what it includes")
+    if isinstance(penalty, Mapping):
+        pairs = list(penalty.items())
+    elif isinstance(penalty, Sequence) and not isinstance(penalty, str):
+        pairs = list(penalty)
+    else:
+        raise TypeError(
+            f"{penalty!r} is no penalty and no rules; pass a penalty such as L1(1e-4), a dict from selector to "
+            "penalty, or a list of (selector, penalty)"
+        )
+    rules: list[tuple[str, Any, Penalty | None]] = []
+    for pair in pairs:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and (pair[1] is None or isinstance(pair[1], Penalty))):
+            raise TypeError(f"rule {pair!r} is no pair (selector, penalty or None)")
+        selector = inventory.by_name(pair[0])
+        key = base = selection.selector_text(selector)
+        repeats = 1
+        while key in {rule[0] for rule in rules}:
+            repeats += 1
+            key = f"{base}#{repeats}"
+        rules.append((key, selector, pair[1]))
+    if all(rule[2] is None for rule in rules):
+        raise ValueError("the rules hold no penalty; give at least one selector a penalty such as L1(1e-4)")
+    return rules
+
+
+def _canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with the wrappers' prefixes taken off its names, copied: `state_dict()` aliases the live weights."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"toward is a {type(state).__name__}; pass a state dict: toward=model.state_dict()")
+    names = [name.removeprefix("module.") for name in state]
+    for wrapper in selection.WRAPPED:
+        names = [name.replace(f"{wrapper}.", "") for name in names]
+    return {name: w.detach().clone() for name, w in zip(names, state.values(), strict=True) if isinstance(w, Tensor)}
+
+
+def _anchor(toward: Mapping[str, Tensor], selected: Selected, parameter: Tensor) -> Tensor:
+    for name in selected.names:
+        if name in toward:
+            anchor = toward[name]
+            if anchor.shape != parameter.shape:
+                raise ValueError(
+                    f"toward has {name} in shape {tuple(anchor.shape)}, the model in {tuple(parameter.shape)}; "
+                    "exclude the parameter, or give the state dict of the same architecture"
+                )
+            return anchor.to(parameter)
+    raise ValueError(f"toward has no {selected.name}; exclude the parameter, or add it to the state dict")
+
+
+def _edges(model: nn.Module) -> list[tuple[dict[str, nn.Module | None], str, nn.Module | None]]:
+    """Every parent-to-child link of the model: if none has changed, no module was replaced."""
+    return [(m._modules, key, child) for m in model.modules() for key, child in m._modules.items()]
+
+
+def _total(values: list[Tensor], first: Bound) -> Tensor:
+    if not values:
+        return torch.zeros((), device=first.parameter().device)
+    if len(values) == 1:
+        return values[0]
+    dtype = torch.float64 if any(value.dtype == torch.float64 for value in values) else torch.float32
+    return torch.stack([value.to(values[0].device, dtype) for value in values]).sum()
+
+
+def _outline(state: Mapping[str, Mapping[str, float]]) -> str:
+    return ", ".join(f"{key}({', '.join(values)})" for key, values in state.items()) or "none"

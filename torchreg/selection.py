@@ -1,0 +1,337 @@
+"""Which parameters: selectors in, named parameters out, each tensor once and always current."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
+
+Predicate = Callable[[str, nn.Module, nn.Parameter], bool]
+Selector: TypeAlias = (
+    "str | type[nn.Module] | tuple[type[nn.Module], str] | nn.Module | nn.Parameter | Predicate | Sequence[Selector]"
+)
+"""What names parameters: a glob over the whole dotted name (`"fc*.weight"`), `"re:..."`, a module type,
+`(type, "weight")`, a module, a parameter, a predicate `(name, module, parameter) -> bool`, or a list of these."""
+
+_NORMS: tuple[type[nn.Module], ...] = (
+    nn.modules.batchnorm._NormBase,  # every BatchNorm, InstanceNorm and SyncBatchNorm
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_BIAS = re.compile(r"(^|_)bias(_|\d|$)")
+# Attributes under which wrappers keep the model that they wrap: no part of a parameter's name.
+WRAPPED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
+
+
+@dataclass
+class Selected:
+    """One parameter of a model: its canonical name, and where it is read from.
+
+    It is read through its module at every use, so it stays true when `load_state_dict(assign=True)`,
+    `to_empty` or a parametrization replaces the parameter.
+
+    Attributes:
+        name: the dotted name without wrappers (`module.`, `_orig_mod.`, `_fsdp_wrapped_module.`).
+        owner: the module that holds it.
+        attribute: its name in that module.
+        ties: the other places of the same tensor, where it is tied: (name, owner).
+    """
+
+    name: str
+    owner: nn.Module
+    attribute: str
+    ties: list[tuple[str, nn.Module]] = field(default_factory=list)
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter as it is now; the tensor that a parametrization computes, where one was registered since."""
+        parameter = self.owner._parameters.get(self.attribute)
+        if parameter is not None:
+            return parameter
+        tensor = getattr(self.owner, self.attribute, None)
+        if not isinstance(tensor, Tensor):
+            raise RuntimeError(
+                f"{self.name} is no longer a tensor of its {type(self.owner).__name__}; "
+                "build the Regularizer again, now that the model has changed"
+            )
+        return tensor
+
+    @property
+    def places(self) -> list[tuple[str, nn.Module]]:
+        return [(self.name, self.owner), *self.ties]
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.places]
+
+
+def named_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(canonical name, module) of every module, under every name that it has."""
+    yield prefix, model
+    for key, child in model._modules.items():
+        if child is not None:
+            wraps = key in WRAPPED or (key == "module" and isinstance(model, _WRAPPERS))
+            yield from named_modules(child, prefix if wraps else join(prefix, key))
+
+
+def named_parameters(model: nn.Module) -> list[Selected]:
+    """Every parameter of `model` once, in the model's order, with all the places it has."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"expected the model, an nn.Module, got {type(model).__name__}; for a tensor call the penalty: L1(1e-4)(w)"
+        )
+    seen: dict[int, Selected] = {}
+    for prefix, module in named_modules(model):
+        for attribute, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            name = join(prefix, attribute)
+            if id(parameter) not in seen:
+                seen[id(parameter)] = Selected(name, module, attribute)
+            elif name not in seen[id(parameter)].names:
+                seen[id(parameter)].ties.append((name, module))
+    return list(seen.values())
+
+
+def join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def why_not_by_default(entry: Selected) -> str:
+    """The reason why `entry` is left out unless it is named, or "" if it is selected by default."""
+    parameter = entry.parameter
+    owners = [owner for _, owner in entry.places]
+    if not (parameter.is_floating_point() or parameter.is_complex()):
+        return "integer type"
+    if not parameter.requires_grad:
+        return "frozen"
+    if any(isinstance(owner, _EMBEDDINGS) for owner in owners):
+        return "embedding"
+    if any(isinstance(owner, _NORMS) for owner in owners):
+        return "norm layer"
+    if _BIAS.search(entry.attribute):
+        return "bias"
+    if not is_lazy(parameter) and parameter.dim() < 2:
+        return "fewer than two dimensions"
+    return ""
+
+
+class Inventory:
+    """A model's parameters, each with the reason why it is left out by default: what selectors are matched against."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.entries = named_parameters(model)
+        self.why_not = {entry.name: why_not_by_default(entry) for entry in self.entries}
+        self._kind = type(model).__name__
+        self._paths: dict[int, str] = {}
+        for path, module in named_modules(model):
+            self._paths.setdefault(id(module), path)
+
+    def default(self) -> list[Selected]:
+        """Every parameter that nothing speaks against."""
+        chosen = [entry for entry in self.entries if not self.why_not[entry.name]]
+        if not chosen:
+            reasons = ", ".join(sorted(set(self.why_not.values()))) or "it has no parameters"
+            raise ValueError(
+                f"{self._kind} has no parameter that is selected by default ({reasons}); name one: include=..."
+            )
+        return chosen
+
+    def match(self, selector: Selector) -> list[Selected]:
+        """The parameters that `selector` means, in the model's order.
+
+        A glob, a regular expression, a type or a module that matches both default-selected parameters and
+        others takes only the former; one that matches only others takes them. Exact names, types with a name,
+        parameters and predicates always count.
+        """
+        if _is_list(selector):
+            chosen = {entry.name for part in selector for entry in self.match(part)}
+            if not chosen:
+                raise ValueError(
+                    "an empty list selects nothing; name at least one parameter, or leave the argument out"
+                )
+            return [entry for entry in self.entries if entry.name in chosen]
+        exact, test = _test(self.by_name(selector), self.entries)
+        hits = [entry for entry in self.entries if test(entry)]
+        if not hits:
+            raise ValueError(self._no_match(selector))
+        if not exact:
+            hits = [entry for entry in hits if not self.why_not[entry.name]] or hits
+        integers = [entry for entry in hits if self.why_not[entry.name] == "integer type"]
+        if integers and (exact or len(integers) == len(hits)):
+            raise TypeError(
+                f"{integers[0].name} has the integer type {integers[0].parameter.dtype}, which has no gradient; "
+                "leave it out of the selection"
+            )
+        return [entry for entry in hits if entry not in integers]
+
+    def by_name(self, selector: Any) -> Any:
+        """`selector` with modules and parameters replaced by their names, which follow a copy of the model."""
+        if _is_list(selector):
+            return [self.by_name(part) for part in selector]
+        if isinstance(selector, nn.Parameter):
+            names = [entry.name for entry in self.entries if entry.parameter is selector]
+            if not names:
+                raise ValueError(
+                    f"the {selector_text(selector)} is no parameter of {self._kind}; pass one that is, or its name"
+                )
+            return names[0]
+        if isinstance(selector, nn.Module):
+            if id(selector) not in self._paths:
+                raise ValueError(
+                    f"the {type(selector).__name__} is no module of {self._kind}; pass one that is, or a glob"
+                )
+            return f"re:{re.escape(join(self._paths[id(selector)], ''))}.*"
+        return selector
+
+    def _no_match(self, selector: Selector) -> str:
+        text = selector_text(selector)
+        if not isinstance(selector, str):
+            return f"{text} matches no parameter of {self._kind}; print(model) shows its modules"
+        names = [name for entry in self.entries for name in entry.names]
+        near = difflib.get_close_matches(selector.removeprefix("re:"), names, n=3, cutoff=0.5) or names[:3]
+        hint = f"; did you mean {' or '.join(f'{name!r}' for name in near)}?" if near else ", which has none"
+        return f'pattern "{text}" matches no parameter of {self._kind}{hint}'.replace("'", '"')
+
+
+def select(model: nn.Module, include: Selector | None = None, exclude: Selector | None = None) -> list[Selected]:
+    """The parameters of `model` that `include` names, less those that `exclude` names.
+
+    By default every parameter that requires a gradient, is floating or complex, has two or more dimensions and
+    belongs to no norm layer and no embedding. A tied tensor counts once and matches by any of its names.
+
+    Args:
+        model: any module; wrappers (DDP, FSDP, `torch.compile`, averaged models) leave no trace in the names.
+        include: a glob over the whole dotted name, `"re:..."` (which must match the whole name), a module type,
+            `(type, "weight")`, a module, a parameter, a predicate `(name, module, parameter) -> bool`, or a list of
+            these. A glob, expression, type or module that matches both kinds takes only what is selected by
+            default; exact names, types with a name, parameters and predicates always count.
+        exclude: the same, for what to leave out; here everything that matches counts.
+    Returns:
+        One `Selected` a parameter, in the model's order.
+    Raises:
+        TypeError: `model` is no module, a selector is of no known kind, or it names a parameter of an integer type.
+        ValueError: a selector matches nothing (with the nearest names), or nothing is left.
+
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    >>> [entry.name for entry in select(net)]
+    ['0.weight', '2.weight']
+    >>> [entry.name for entry in select(net, "*.bias")]
+    ['0.bias', '1.bias', '2.bias']
+    >>> select(net, "first.*")
+    Traceback (most recent call last):
+    ...
+    ValueError: pattern "first.*" matches no parameter of Sequential; did you mean "0.weight" or "0.bias" or "1.weight"?
+    """
+    inventory = Inventory(model)
+    chosen = inventory.default() if include is None else inventory.match(include)
+    if exclude is not None:
+        left_out = set(matched_names(inventory, exclude))
+        chosen = [entry for entry in chosen if entry.name not in left_out]
+        if not chosen:
+            raise ValueError(f"exclude={selector_text(exclude)} leaves nothing of the selection; narrow it")
+    warn_about(chosen)
+    return chosen
+
+
+def matched_names(inventory: Inventory, selector: Selector) -> list[str]:
+    """The names of everything that `selector` matches, default-selected or not: what `exclude` means."""
+    if _is_list(selector):
+        return [name for part in selector for name in matched_names(inventory, part)]
+    _, test = _test(inventory.by_name(selector), inventory.entries)
+    hits = [entry.name for entry in inventory.entries if test(entry)]
+    if not hits:
+        raise ValueError(inventory._no_match(selector))
+    return hits
+
+
+def warn_about(chosen: list[Selected]) -> None:
+    """Warns of selections that are allowed and seldom meant."""
+    if not any(entry.parameter.requires_grad for entry in chosen):
+        warnings.warn(
+            f"every selected parameter is frozen ({chosen[0].name}, ...): the penalty has no gradient to act by",
+            stacklevel=4,
+        )
+    inputs = [entry.name for entry in chosen if isinstance(entry.owner, ParametrizationList) or _weight_normed(entry)]
+    if inputs:
+        warnings.warn(
+            f"{inputs[0]} is the input of a parametrization: penalizing it is not penalizing the weight that it makes. "
+            "Remove the parametrization, or exclude the parameter",
+            stacklevel=4,
+        )
+
+
+def selector_text(selector: Any) -> str:
+    """How a selector is written in a term's key and in messages.
+
+    >>> selector_text("fc*.weight"), selector_text((nn.Linear, "weight")), selector_text([nn.Linear, "head.*"])
+    ('fc*.weight', 'Linear.weight', 'Linear|head.*')
+    """
+    if isinstance(selector, str):
+        return selector
+    if isinstance(selector, type):
+        return selector.__name__
+    if _is_typed(selector):
+        return f"{selector[0].__name__}.{selector[1]}"
+    if _is_list(selector):
+        return "|".join(map(selector_text, selector))
+    if isinstance(selector, Tensor):
+        return f"parameter of shape {tuple(selector.shape)}"
+    return str(getattr(selector, "__name__", repr(selector)))
+
+
+def _test(selector: Any, entries: list[Selected]) -> tuple[bool, Callable[[Selected], bool]]:
+    """Whether a selector (no list) is exact, and the test that it puts to each parameter."""
+    if isinstance(selector, str):
+        if selector.startswith("re:"):
+            try:
+                pattern = re.compile(selector[3:])
+            except re.error as error:
+                raise ValueError(f'"{selector}" is no regular expression: {error}') from error
+            return False, lambda entry: any(pattern.fullmatch(name) for name in entry.names)
+        if any(selector in entry.names for entry in entries):
+            return True, lambda entry: selector in entry.names
+        return False, lambda entry: any(fnmatchcase(name, selector) for name in entry.names)
+    if isinstance(selector, type) and issubclass(selector, nn.Module):
+        return False, lambda entry: any(isinstance(owner, selector) for _, owner in entry.places)
+    if _is_typed(selector):
+        kind, attribute = selector
+        return True, lambda entry: any(
+            isinstance(owner, kind) and name.rpartition(".")[2] == attribute for name, owner in entry.places
+        )
+    if callable(selector) and not isinstance(selector, type):
+        return True, lambda entry: bool(selector(entry.name, entry.owner, entry.parameter))
+    raise TypeError(
+        f"{selector!r} selects nothing: a selector is a name or glob, 're:...', a module type, (type, 'weight'), "
+        "a module, a parameter, a predicate (name, module, parameter) -> bool, or a list of these"
+    )
+
+
+def _is_list(selector: object) -> TypeGuard[Collection[Any]]:
+    return isinstance(selector, (list, set, frozenset)) or (isinstance(selector, tuple) and not _is_typed(selector))
+
+
+def _is_typed(selector: object) -> TypeGuard[tuple[type[nn.Module], str]]:
+    """(type, "weight"): a pair of a module type and an attribute, and no list of two selectors."""
+    return (
+        isinstance(selector, tuple)
+        and len(selector) == 2
+        and isinstance(selector[0], type)
+        and isinstance(selector[1], str)
+    )
+
+
+def _weight_normed(entry: Selected) -> bool:
+    return entry.attribute.endswith(("_g", "_v")) and hasattr(entry.owner, entry.attribute[:-2])

@@ -1,0 +1,31 @@
+"""Plain-text tables: what `explain()` and `sparsity()` print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def render(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Columns aligned with two spaces between them; the columns numbered in `right` flush right.
+
+    >>> print(render(["name", "count"], [["fc1.weight", "30"], ["fc2", "1200"]], right=[1]))
+    name        count
+    ----------  -----
+    fc1.weight     30
+    fc2          1200
+    """
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """`(300, 784)` as `300×784`; a 0-d shape as `scalar`."""
+    return "×".join(map(str, shape)) or "scalar"

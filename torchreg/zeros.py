@@ -1,0 +1,276 @@
+"""What is zero: how much of a network, and keeping it so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchreg import tables
+from torchreg.regularizer import Regularizer
+from torchreg.selection import Selected, Selector, named_parameters, select, why_not_by_default
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True)
+class LayerSparsity:
+    """The exact zeros of one weight.
+
+    Attributes:
+        name: the parameter's dotted name.
+        shape: its shape.
+        weights, zeros: how many entries it has, and how many of them are exactly 0.
+        inputs, dead_inputs: its input features or channels, and those whose every weight is 0.
+        neurons, dead_neurons: its output features or channels, and those whose every weight is 0.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    weights: int
+    zeros: int
+    inputs: int
+    dead_inputs: int
+    neurons: int
+    dead_neurons: int
+
+    @property
+    def fraction(self) -> float:
+        """Zeros over weights; 0 for an empty weight."""
+        return self.zeros / self.weights if self.weights else 0.0
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """The exact zeros of a network, total and by layer; `print` shows a table.
+
+    Attributes:
+        layers: one `LayerSparsity` a weight, in the model's order.
+    """
+
+    layers: tuple[LayerSparsity, ...]
+
+    @property
+    def weights(self) -> int:
+        """The number of weights counted."""
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def zeros(self) -> int:
+        """How many of them are exactly 0."""
+        return sum(layer.zeros for layer in self.layers)
+
+    @property
+    def fraction(self) -> float:
+        """Zeros over weights; 0 for an empty network."""
+        return self.zeros / self.weights if self.weights else 0.0
+
+    def __getitem__(self, name: str) -> LayerSparsity:
+        """The layer of that name."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(f"no layer {name!r}; the layers are {[layer.name for layer in self.layers]}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for a log or JSON: the total, and each layer under `layers`."""
+        return {
+            "weights": self.weights,
+            "zeros": self.zeros,
+            "fraction": self.fraction,
+            "layers": {
+                layer.name: {
+                    "shape": list(layer.shape),
+                    "weights": layer.weights,
+                    "zeros": layer.zeros,
+                    "fraction": layer.fraction,
+                    "inputs": layer.inputs,
+                    "dead_inputs": layer.dead_inputs,
+                    "neurons": layer.neurons,
+                    "dead_neurons": layer.dead_neurons,
+                }
+                for layer in self.layers
+            },
+        }
+
+    def __str__(self) -> str:
+        rows = [
+            [
+                layer.name,
+                tables.shape_text(layer.shape),
+                f"{layer.weights - layer.zeros:,}",
+                f"{layer.fraction:.2%}",
+                f"{layer.dead_inputs} of {layer.inputs}",
+                f"{layer.dead_neurons} of {layer.neurons}",
+            ]
+            for layer in self.layers
+        ]
+        rows.append(["total", f"{self.weights:,}", f"{self.weights - self.zeros:,}", f"{self.fraction:.2%}", "", ""])
+        return tables.render(
+            ["weight", "shape", "left", "zeros", "dead inputs", "dead neurons"], rows, right=[2, 3, 4, 5]
+        )
+
+
+def sparsity(
+    model: nn.Module | Regularizer, include: Selector | None = None, exclude: Selector | None = None
+) -> Sparsity:
+    """Counts exact zeros: in total, by layer, and the inputs and neurons that are dead.
+
+    An input is dead if every weight that reads it is 0, a neuron if every weight into it is 0 (its bias aside).
+
+    Args:
+        model: a model, whose floating or complex weights with two or more dimensions count (frozen ones too, but no
+            norm layers and no embeddings), or a regularizer, whose selected parameters count.
+        include, exclude: other weights of the model; see `torchreg.select`.
+    Returns:
+        A `Sparsity`: prints as a table, and converts with `to_dict()`. One synchronization a device.
+    Raises:
+        ValueError: there is nothing to count, or a selector matches nothing.
+
+    >>> net = nn.Sequential(nn.Linear(3, 2))
+    >>> with torch.no_grad():
+    ...     _ = net[0].weight.copy_(torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 3.0]]))
+    >>> print(sparsity(net))
+    weight    shape  left   zeros  dead inputs  dead neurons
+    --------  -----  ----  ------  -----------  ------------
+    0.weight  2×3       3  50.00%       1 of 3        0 of 2
+    total     6         3  50.00%
+    """
+    entries = _weights(model, include, exclude)
+    counts: dict[torch.device, list[Tensor]] = {}
+    for entry in entries:
+        counts.setdefault(entry.parameter.device, []).append(_count(entry))
+    # One stack and one read a device, however many layers there are.
+    read = {device: iter(torch.stack(rows).tolist()) for device, rows in counts.items()}
+    layers = []
+    for entry in entries:
+        parameter = entry.parameter
+        zeros, dead_inputs, dead_neurons = next(read[parameter.device])
+        neurons, inputs = _axes(entry)
+        layers.append(
+            LayerSparsity(
+                name=entry.name,
+                shape=tuple(parameter.shape),
+                weights=parameter.numel(),
+                zeros=zeros,
+                inputs=parameter.shape[inputs] if parameter.dim() > 1 else 0,
+                dead_inputs=dead_inputs,
+                neurons=parameter.shape[neurons] if parameter.dim() > 0 else 0,
+                dead_neurons=dead_neurons,
+            )
+        )
+    return Sparsity(tuple(layers))
+
+
+class FrozenZeros:
+    """The handle of `freeze_zeros`: `remove()` lets the zeros move again. Works as a `with` block too."""
+
+    def __init__(self, masks: list[tuple[Tensor, Tensor]], optimizer: Optimizer) -> None:
+        self._masks = masks
+        # Gradients too, so that clipping by norm measures the weights that live.
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(lambda p, zero=zero: _clear(p.grad, zero))
+            for parameter, zero in masks
+        ]
+        self._handles.append(optimizer.register_step_post_hook(self._restore))
+
+    @torch.no_grad()
+    def _restore(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for parameter, zero in self._masks:
+            parameter.masked_fill_(zero, 0)
+
+    def remove(self) -> None:
+        """Lets the zeros move again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __enter__(self) -> FrozenZeros:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+@torch.no_grad()
+def freeze_zeros(regularizer: Regularizer, optimizer: Optimizer) -> FrozenZeros:
+    """Keeps every weight that is exactly 0 now at 0, through momentum and decay: for a refit of what is left.
+
+    Only the selected parameters of `regularizer` are kept; a bias that starts at zero trains on. The gradients and
+    the optimizer's state at the zeros are cleared, and each step ends with the zeros restored.
+
+    Args:
+        regularizer: selects the parameters.
+        optimizer: the optimizer of the refit; it holds all of them.
+    Returns:
+        A handle: `remove()`, or a `with` block, ends it.
+    Raises:
+        ValueError: the optimizer lacks a selected parameter; nothing has changed.
+
+    >>> model = nn.Linear(2, 1)
+    >>> _ = nn.init.zeros_(model.weight)
+    >>> reg = Regularizer(model, L1(1e-2))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> with reg.disabled(), freeze_zeros(reg, optimizer):
+    ...     (model(torch.ones(1, 2)) - 1).square().sum().backward()
+    ...     optimizer.step()
+    >>> model.weight.detach()
+    tensor([[0., 0.]])
+    """
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    parameters = list(regularizer.named_parameters())
+    if missing := [name for name, parameter in parameters if id(parameter) not in own]:
+        raise ValueError(
+            f"{type(optimizer).__name__} does not hold the selected {', '.join(missing)}, whose zeros it would have to "
+            "keep; give it these parameters, or exclude them from the regularizer"
+        )
+    masks = [(parameter, parameter == 0) for _, parameter in parameters]
+    for parameter, zero in masks:
+        for value in optimizer.state.get(parameter, {}).values():
+            if isinstance(value, Tensor) and value.shape == zero.shape:
+                _clear(value, zero)
+        _clear(parameter.grad, zero)
+    return FrozenZeros(masks, optimizer)
+
+
+def _weights(model: nn.Module | Regularizer, include: Selector | None, exclude: Selector | None) -> list[Selected]:
+    if isinstance(model, Regularizer):
+        if include is not None or exclude is not None:
+            raise ValueError("a regularizer has its selection; for another pass the model: sparsity(model, include)")
+        return [bound.selected for bound in model._current()]
+    if include is not None or exclude is not None:
+        return select(model, include, exclude)
+    entries = [entry for entry in named_parameters(model) if why_not_by_default(entry) in ("", "frozen")]
+    entries = [entry for entry in entries if entry.parameter.dim() > 1]
+    if not entries:
+        raise ValueError(f"{type(model).__name__} has no weight of two or more dimensions; name some: include=...")
+    return entries
+
+
+def _axes(entry: Selected) -> tuple[int, int]:
+    """The dimensions of neurons and of inputs."""
+    return (1, 0) if isinstance(entry.owner, _TRANSPOSED) else (0, 1)
+
+
+def _count(entry: Selected) -> Tensor:
+    """[zeros, dead inputs, dead neurons] of one weight, on its device."""
+    alive = entry.parameter.detach() != 0
+    neurons, inputs = _axes(entry)
+    zeros = alive.numel() - alive.sum()
+    dead = [
+        (~_any_but(alive, axis)).sum() if alive.dim() > axis else torch.zeros_like(zeros) for axis in (inputs, neurons)
+    ]
+    return torch.stack([zeros, *dead])
+
+
+def _any_but(alive: Tensor, axis: int) -> Tensor:
+    """For each index along `axis`, whether anything is alive there."""
+    return alive.movedim(axis, 0).flatten(1).any(1) if alive.dim() > 1 else alive
+
+
+def _clear(tensor: Tensor | None, zero: Tensor) -> None:
+    if tensor is not None:
+        tensor.masked_fill_(zero, 0)
