@@ -14,9 +14,9 @@ from torchreg.penalties import L2 as L2
 from torchreg.penalties import ElasticNet as ElasticNet
 from torchreg.penalties import Penalty as Penalty
 from torchreg.regularizer import Regularizer as Regularizer
-from torchreg.regularizer import Term as Term
 from torchreg.selection import Selected as Selected
 from torchreg.selection import select as select
+from torchreg.terms import Term as Term
 from torchreg.zeros import FrozenZeros as FrozenZeros
 from torchreg.zeros import LayerSparsity as LayerSparsity
 from torchreg.zeros import Sparsity as Sparsity

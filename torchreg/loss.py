@@ -87,8 +87,10 @@ class RegularizedLoss(nn.Module):
             raise ValueError(
                 f"the loss has shape {tuple(data.shape)} and is not a scalar; reduce it first, as with reduction='mean'"
             )
+        # A copy: `loss /= accumulation` in the caller would write through it.
+        alone = data.detach().clone()
         if not (self.training and torch.is_grad_enabled()):
-            self.last = LastLoss(data.detach(), {})
+            self.last = LastLoss(alone, {})
             return data
         if not self.regularizer.model.training and not self._warned:
             self._warned = True
@@ -98,7 +100,7 @@ class RegularizedLoss(nn.Module):
                 stacklevel=2,
             )
         by_term = self.regularizer.components()
-        self.last = LastLoss(data.detach(), {key: value.detach() for key, value in by_term.items()})
+        self.last = LastLoss(alone, {key: value.detach() for key, value in by_term.items()})
         for value in by_term.values():
             data = data + value.to(data.device)
         return data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import logging
 import weakref
@@ -16,111 +17,33 @@ from torch.nn.parameter import is_lazy
 from torchreg import checks, selection, tables
 from torchreg.checks import Step
 from torchreg.penalties import Penalty
-from torchreg.penalties.toward import Toward
-from torchreg.selection import Inventory, Selected, Selector
+from torchreg.selection import WRAPPED, Inventory, Parts, Selected, Selector
+from torchreg.terms import Bound, Term
 
 logger = logging.getLogger("torchreg")
 
 Rules = Mapping[Selector, Penalty | None] | Sequence[tuple[Selector, Penalty | None]]
 Scale = Callable[[str, Tensor], float]
-Plan = tuple[list[tuple[str, Any, Penalty | None]], Any, Scale | None, dict[str, Tensor] | None]
-
-
-class Term:
-    """One rule of a regularizer: its penalty, with the strengths as numbers that may be changed at any time.
-
-    A change takes effect at the next call or step. `strength` (or `l1` and `l2`, whatever the penalty calls
-    them) is the base λ; `factor` multiplies it, and is what a schedule moves.
-
-    >>> reg = Regularizer(nn.Linear(3, 2), L1(1e-4))
-    >>> reg["l1"].strength = 5e-4
-    >>> reg["l1"].factor = 0.5
-    >>> reg["l1"].penalty
-    L1(strength=0.00025)  # λΣ|w|
-    """
-
-    key: str
-    factor: float
-
-    def __init__(self, key: str, penalty: Penalty, factor: float = 1.0) -> None:
-        self.__dict__.update(key=key, factor=factor, version=0, _base=penalty)
-
-    @property
-    def penalty(self) -> Penalty:
-        """The penalty in force: every strength times the factor."""
-        return self._base.scaled(self.factor)
-
-    @property
-    def strengths(self) -> dict[str, float]:
-        """The base strengths, by name."""
-        return {name: getattr(self._base, name) for name in self._base.strengths}
-
-    def __getattr__(self, name: str) -> Any:
-        base = self.__dict__.get("_base")
-        if base is not None and name in base.strengths:
-            return getattr(base, name)
-        raise AttributeError(f"term {self.__dict__.get('key')!r} has no {name!r}{self._choices()}")
-
-    def __setattr__(self, name: str, value: float) -> None:
-        if name != "factor" and name not in self._base.strengths:
-            raise AttributeError(f"term {self.key!r} has no {name!r} to set{self._choices()}")
-        number = checks.nonnegative(name, value, f"set reg[{self.key!r}].{name} to a number such as 1e-4")
-        if name == "factor":
-            self.__dict__["factor"] = number
-        else:
-            self.__dict__["_base"] = dataclasses.replace(self._base, **{name: number})
-        self.__dict__["version"] += 1
-
-    def __repr__(self) -> str:
-        return f"Term({self.key!r}, {self._base!r}, factor={self.factor!r})"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
-    def _choices(self) -> str:
-        base = self.__dict__.get("_base")
-        return f"; it has {', '.join((*base.strengths, 'factor'))}" if base is not None else ""
 
 
 @dataclasses.dataclass
-class Bound:
-    """One selected parameter with the term, scale and anchor that apply to it."""
+class Plan:
+    """What was asked for, by name: carried out at once, and again when lazy modules have got their shapes."""
 
-    selected: Selected
-    term: Term
-    scale: float = 1.0
-    anchor: Tensor | None = None
-    note: str = ""
-    _cached: tuple[int, Penalty] | None = None
-
-    @property
-    def name(self) -> str:
-        return self.selected.name
-
-    @property
-    def penalty(self) -> Penalty:
-        """The pure penalty of this parameter, with factor, scale and anchor in it."""
-        if self._cached is None or self._cached[0] != self.term.version:
-            penalty = self.term.penalty.scaled(self.scale)
-            self._cached = (
-                self.term.version,
-                penalty if self.anchor is None else Toward(penalty, self.anchor),
-            )
-        return self._cached[1]
-
-    def parameter(self) -> Tensor:
-        """The parameter as it is now, with the anchor on its device."""
-        parameter = self.selected.parameter
-        if self.anchor is not None and self.anchor.device != parameter.device:
-            self.anchor, self._cached = self.anchor.to(parameter.device), None
-        return parameter
+    rules: list[tuple[str, Parts | None, Penalty | None]]  # no parts: the default selection
+    excluded: dict[str, str]  # name: by what
+    scale: Scale | None
+    toward: dict[str, Tensor] | None
 
 
 class Route(Protocol):
     """What an optimizer that carries a regularizer's prox tells it."""
+
+    active: bool
+
+    @property
+    def alive(self) -> bool:
+        """The optimizer exists."""
 
     def held(self) -> Mapping[int, Bound]:
         """By `id`, the parameters that this optimizer regularizes by prox."""
@@ -129,7 +52,7 @@ class Route(Protocol):
         """The optimizer, in words."""
 
     def renew(self, regularizer: Regularizer, memo: Mapping[int, Any] | None = None) -> None:
-        """Carries `regularizer`, a copy, on the copy of the optimizer that `memo` holds; without a memo on its own."""
+        """Carries `regularizer`, a copy, on the copy of the optimizer that deepcopy's `memo` holds; or on its own."""
 
 
 class Regularizer:
@@ -181,18 +104,30 @@ class Regularizer:
     ) -> None:
         inventory = Inventory(model)
         rules = _as_rules(penalty, include, inventory)
-        self.model = model
+        excluded = [] if exclude is None else inventory.resolve(exclude)
+        reason = "" if exclude is None else f"excluded by {inventory.text(exclude)}"
+        self._model = model
         self._enabled = True
         self._routes: list[tuple[weakref.ref[Route], str]] = []
-        self._memo: dict[int, Any] | None = None
+        self._pending: tuple[Mapping[int, Any] | None, list[Route]] | None = None
         self._terms = {key: Term(key, rule) for key, _, rule in rules if rule is not None}
-        # While lazy modules are unmaterialized, shapes are unknown: the plan is kept and carried out again later.
-        left_out = None if exclude is None else inventory.by_name(exclude)
-        self._plan: Plan | None = (rules, left_out, scale, None if toward is None else _canonical(toward))
+        self._bounds: list[Bound] = []
+        self._plan: Plan | None = Plan(
+            rules,
+            {name: reason for names, _ in excluded for name in names},
+            scale,
+            None if toward is None else _canonical(toward),
+        )
         self._bind(inventory)
         selection.warn_about([bound.selected for bound in self._bounds])
 
     # ------------------------------------------------------------------ reading
+
+    @property
+    def model(self) -> nn.Module:
+        """The model whose parameters are penalized."""
+        self._settle()
+        return self._model
 
     def __call__(self) -> Tensor:
         """Σ of all terms: a 0-d tensor, float32 or wider, with a gradient for the parameters on the loss route."""
@@ -229,6 +164,11 @@ class Regularizer:
             if isinstance(step, Mapping) and bound.name not in step:
                 raise ValueError(f"no step for {bound.name}; give one for each of {[b.name for b in bounds]}")
             own = step[bound.name] if isinstance(step, Mapping) else step
+            if bound.selected.computed:
+                raise RuntimeError(
+                    f"{bound.name} is computed by a parametrization, so a prox cannot write to it; add reg() to the "
+                    "loss, or remove the parametrization"
+                )
             steps.append(checks.step(own, bound.parameter().shape))
         if self._enabled:
             with torch.no_grad():
@@ -245,7 +185,9 @@ class Regularizer:
         bounds = {bound.name: bound for bound in self._current(materialized=False)}
         routes = {id_: route for route in self._live_routes() for id_ in route.held()}
         rows = []
-        for entry in selection.named_parameters(self.model):
+        entries = selection.named_parameters(self._model)
+        known = {name for entry in entries for name in entry.names}
+        for entry in [*entries, *(bound.selected for name, bound in bounds.items() if name not in known)]:
             parameter = entry.parameter
             lazy = is_lazy(parameter)
             shape = "lazy" if lazy else tables.shape_text(parameter.shape)
@@ -258,7 +200,14 @@ class Regularizer:
             strengths = ", ".join(f"{name}={getattr(penalty, name):g}" for name in penalty.strengths)
             route = routes[id(parameter)].describe() if id(parameter) in routes else "loss"
             tied = f"tied to {', '.join(name for name, _ in entry.ties)}" if entry.ties else ""
-            notes = [bound.note, tied, "" if bound.anchor is None else "toward", "" if self._enabled else "disabled"]
+            computed = "computed by a parametrization" if entry.computed else ""
+            notes = [
+                bound.note,
+                tied,
+                computed,
+                "" if bound.anchor is None else "toward",
+                "" if self._enabled else "disabled",
+            ]
             rows.append(
                 [bound.name, shape, count, bound.term.key, strengths, route, "; ".join(note for note in notes if note)]
             )
@@ -329,30 +278,33 @@ class Regularizer:
 
     # ------------------------------------------------------------------ copies
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Regularizer:
+    def __copy__(self) -> Regularizer:
         new = object.__new__(type(self))
-        memo[id(self)] = new
+        new.__dict__.update(self._own_state(), _edges=self._edges, _routes=list(self._routes), _pending=None)
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Regularizer:
         self._settle()
-        new.__dict__.update(self._own_state(), model=self.model, _edges=self._edges, _routes=list(self._routes))
+        new = self.__copy__()
         # The model may be copied after its regularizer: which one to follow is settled at the first use.
-        new._memo = memo
+        new._pending = (memo, list(self._live_routes()))
+        memo[id(self)] = new
+        copy.deepcopy(new._pending[1], memo)  # a copied optimizer has no hooks, unless its attachment is copied too
         return new
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
-        return {**self._own_state(), "model": self.model, "_routes": list(self._live_routes()), "_memo": None}
+        return {**self._own_state(), "_pending": (None, list(self._live_routes()))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        routes = state.pop("_routes")
-        self.__dict__.update(state, _routes=[])
-        self._resolve()
-        for route in routes:
-            route.renew(self)
+        self.__dict__.update(state, _routes=[], _edges=[])
 
     def _own_state(self) -> dict[str, Any]:
-        """All but the model and the routes; what names cannot restore is copied."""
-        terms = {key: Term(key, term._base, term.factor) for key, term in self._terms.items()}
+        """What a copy has for itself: strengths of its own, on the same model."""
+        self._settle()
+        terms = {key: Term(key, term.base, term.factor) for key, term in self._terms.items()}
         return {
+            "_model": self._model,
             "_terms": terms,
             "_bounds": [dataclasses.replace(bound, term=terms[bound.term.key], _cached=None) for bound in self._bounds],
             "_why_not": self._why_not,
@@ -361,30 +313,28 @@ class Regularizer:
         }
 
     def _settle(self) -> None:
-        """Completes a deepcopy: follows the model and the optimizers that were copied together with this."""
-        if self._memo is None:
+        """Completes a copy: follows the model and the optimizers that were copied together with this."""
+        if self._pending is None:
             return
-        memo, self._memo = self._memo, None
-        if id(self.model) in memo:
-            routes, self._routes = list(self._live_routes()), []
-            self.model = memo[id(self.model)]
-            self._resolve()
-            for route in routes:
-                route.renew(self, memo)
+        (memo, routes), self._pending = self._pending, None
+        if memo is not None:
+            if id(self._model) not in memo:
+                return
+            self._model, self._routes = memo[id(self._model)], []
+        self._resolve()
+        for route in routes:
+            route.renew(self, memo)
 
     # ------------------------------------------------------------------ binding
 
     def _bind(self, inventory: Inventory) -> None:
         """Carries out the plan: decides the term, scale and anchor of every parameter."""
         assert self._plan is not None
-        rules, exclude, scale, toward = self._plan
-        why_not = dict(inventory.why_not)
-        excluded = set() if exclude is None else set(selection.matched_names(inventory, exclude))
-        why_not.update({name: f"excluded by {selection.selector_text(exclude)}" for name in excluded})
+        plan, why_not = self._plan, inventory.why_not | self._plan.excluded
         bounds: dict[str, Bound] = {}
         taken: dict[str, str] = {}
-        for key, selector, penalty in rules:
-            matched = inventory.default() if selector is None else inventory.match(selector)
+        for key, parts, penalty in plan.rules:
+            matched = inventory.default() if parts is None else inventory.choose(parts)
             fresh = [entry for entry in matched if entry.name not in taken]
             if not fresh:
                 earlier = " and ".join(f'"{other}"' for other in dict.fromkeys(taken[entry.name] for entry in matched))
@@ -397,38 +347,41 @@ class Regularizer:
                     bounds[entry.name].note = f'also matched by "{key}"'
             taken.update({entry.name: key for entry in fresh})
             for entry in fresh:
-                if entry.name in excluded:
-                    continue
                 if penalty is None:
-                    why_not[entry.name] = f'left out by rule "{key}"'
-                else:
+                    why_not[entry.name] = plan.excluded.get(entry.name, f'left out by rule "{key}"')
+                elif entry.name not in plan.excluded:
                     bounds[entry.name] = Bound(entry, self._terms[key])
         if not bounds:
             raise ValueError("the rules and exclude leave no parameter to regularize; widen the selection")
         for entry in inventory.entries:
             if entry.name not in taken and not why_not[entry.name]:
                 why_not[entry.name] = "no rule matches"
+        done = {bound.name: bound for bound in self._bounds if bound.ready}
         for name, bound in bounds.items():
             parameter = bound.parameter()
-            if is_lazy(parameter):
-                continue
-            if scale is not None:
-                factor = scale(name, parameter)
-                bound.scale = checks.nonnegative(f"scale for {name}", factor, "return a factor such as 1.0")
-            if toward is not None:
-                bound.anchor = _anchor(toward, bound.selected, parameter)
+            if name in done:
+                bound.scale, bound.anchor, bound.ready = done[name].scale, done[name].anchor, True
+            elif not is_lazy(parameter):
+                if plan.scale is not None:
+                    factor = plan.scale(name, parameter)
+                    bound.scale = checks.nonnegative(f"scale for {name}", factor, "return a factor such as 1.0")
+                if plan.toward is not None:
+                    bound.anchor = _anchor(plan.toward, bound.selected, parameter)
+                bound.ready = True
         self._bounds = [bounds[entry.name] for entry in inventory.entries if entry.name in bounds]
         self._why_not = why_not
-        self._edges = _edges(self.model)
+        self._edges = _edges(self._model)
         if not any(is_lazy(entry.parameter) for entry in inventory.entries):
             self._plan = None
+        elif plan.toward is not None:
+            plan.toward = {name: w.detach().clone() for name, w in plan.toward.items()}
 
     def _resolve(self) -> None:
         """Finds the owner of every bound parameter in the model by its name; on an error nothing has changed."""
         places = {
-            name: (entry, owner) for entry in selection.named_parameters(self.model) for name, owner in entry.places
+            name: (entry, owner) for entry in selection.named_parameters(self._model) for name, owner in entry.places
         }
-        modules = dict(selection.named_modules(self.model))
+        modules = dict(selection.named_modules(self._model))
         found = []
         for bound in self._bounds:
             path, _, attribute = bound.name.rpartition(".")
@@ -441,13 +394,13 @@ class Regularizer:
                 raise RuntimeError(f"the model has no {bound.name} any more; build a new Regularizer for it")
         for bound, selected in zip(self._bounds, found, strict=True):
             bound.selected = selected
-        self._edges = _edges(self.model)
+        self._edges = _edges(self._model)
 
     def _current(self, materialized: bool = True) -> list[Bound]:
         """The bound parameters, after every check that they are still those of the model."""
         self._settle()
-        if self._plan is not None and not any(is_lazy(p) for p in self.model.parameters()):
-            self._bind(Inventory(self.model))
+        if self._plan is not None and not any(is_lazy(p) for p in self._model.parameters()):
+            self._bind(Inventory(self._model))
         if any(modules.get(key) is not child for modules, key, child in self._edges):
             self._follow()
         if materialized and self._plan is not None:
@@ -461,7 +414,7 @@ class Regularizer:
     def _follow(self) -> None:
         """A module was replaced: goes on if it was only wrapped, and refuses if it is another one."""
         before = {bound.name: bound.selected.owner for bound in self._bounds}
-        modules = dict(selection.named_modules(self.model))
+        modules = dict(selection.named_modules(self._model))
         for name, owner in before.items():
             path = name.rpartition(".")[0]
             if modules.get(path) is not owner:
@@ -469,7 +422,7 @@ class Regularizer:
                     f"module {path!r} was replaced after the Regularizer was built, so {name} is no longer part of "
                     "the model; build a new Regularizer (and optimizer) for the model as it is now"
                 )
-        self._edges = _edges(self.model)
+        self._edges = _edges(self._model)
 
     # ------------------------------------------------------------------ routes
 
@@ -487,11 +440,12 @@ class Regularizer:
         """The attached optimizers. One that has died leaves its parameters to the loss route, said once."""
         for item in list(self._routes):
             route = item[0]()
-            if route is None:
-                self._routes.remove(item)
-                logger.warning("the %s is gone: reg() has the gradient of its parameters again", item[1])
-            else:
+            if route is not None and route.alive and route.active:
                 yield route
+                continue
+            self._routes.remove(item)
+            if route is None or route.active:
+                logger.warning("the %s is gone: reg() has the gradient of its parameters again", item[1])
 
     def _attach(self, route: Route) -> None:
         self._routes.append((weakref.ref(route), route.describe()))
@@ -500,10 +454,12 @@ class Regularizer:
         self._routes = [item for item in self._routes if item[0]() is not route]
 
 
-def _as_rules(penalty: Any, include: Selector | None, inventory: Inventory) -> list[tuple[str, Any, Penalty | None]]:
-    """(key, selector, penalty) of each rule; the selector None means the default selection."""
+def _as_rules(
+    penalty: Any, include: Selector | None, inventory: Inventory
+) -> list[tuple[str, Parts | None, Penalty | None]]:
+    """(key, resolved selector, penalty) of each rule; no selector means the default selection."""
     if isinstance(penalty, Penalty):
-        return [(penalty.name, None if include is None else inventory.by_name(include), penalty)]
+        return [(penalty.name, None if include is None else inventory.resolve(include), penalty)]
     if include is not None:
         raise ValueError("include goes with a single penalty; in rules each selector says what it includes")
     if isinstance(penalty, Mapping):
@@ -515,42 +471,48 @@ def _as_rules(penalty: Any, include: Selector | None, inventory: Inventory) -> l
             f"{penalty!r} is no penalty and no rules; pass a penalty such as L1(1e-4), a dict from selector to "
             "penalty, or a list of (selector, penalty)"
         )
-    rules: list[tuple[str, Any, Penalty | None]] = []
+    rules: list[tuple[str, Parts | None, Penalty | None]] = []
     for pair in pairs:
         if not (isinstance(pair, tuple) and len(pair) == 2 and (pair[1] is None or isinstance(pair[1], Penalty))):
             raise TypeError(f"rule {pair!r} is no pair (selector, penalty or None)")
-        selector = inventory.by_name(pair[0])
-        key = base = selection.selector_text(selector)
+        parts = inventory.resolve(pair[0])
+        key = base = inventory.text(pair[0])
         repeats = 1
         while key in {rule[0] for rule in rules}:
             repeats += 1
             key = f"{base}#{repeats}"
-        rules.append((key, selector, pair[1]))
+        rules.append((key, parts, pair[1]))
     if all(rule[2] is None for rule in rules):
         raise ValueError("the rules hold no penalty; give at least one selector a penalty such as L1(1e-4)")
     return rules
 
 
 def _canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with the wrappers' prefixes taken off its names, copied: `state_dict()` aliases the live weights."""
+    """The tensors of a state dict by their names, and by those less the wrappers' prefixes where these are free."""
     if not isinstance(state, Mapping):
         raise TypeError(f"toward is a {type(state).__name__}; pass a state dict: toward=model.state_dict()")
-    names = [name.removeprefix("module.") for name in state]
-    for wrapper in selection.WRAPPED:
-        names = [name.replace(f"{wrapper}.", "") for name in names]
-    return {name: w.detach().clone() for name, w in zip(names, state.values(), strict=True) if isinstance(w, Tensor)}
+    exact, stripped = {}, {}
+    for name, w in state.items():
+        if isinstance(w, Tensor):
+            parts = [part for part in name.split(".") if part not in WRAPPED]
+            exact[".".join(parts)] = w
+            while parts[:1] == ["module"]:
+                parts = parts[1:]
+            stripped[".".join(parts)] = w
+    return stripped | exact
 
 
 def _anchor(toward: Mapping[str, Tensor], selected: Selected, parameter: Tensor) -> Tensor:
+    """A copy of what `toward` has for a parameter: `state_dict()` aliases the live weights."""
     for name in selected.names:
         if name in toward:
-            anchor = toward[name]
+            anchor = toward[name].detach().clone()
             if anchor.shape != parameter.shape:
                 raise ValueError(
                     f"toward has {name} in shape {tuple(anchor.shape)}, the model in {tuple(parameter.shape)}; "
                     "exclude the parameter, or give the state dict of the same architecture"
                 )
-            return anchor.to(parameter)
+            return anchor
     raise ValueError(f"toward has no {selected.name}; exclude the parameter, or add it to the state dict")
 
 

@@ -69,11 +69,18 @@ class Selected:
         return tensor
 
     @property
+    def computed(self) -> bool:
+        """It is no parameter any more: a parametrization registered since computes it."""
+        return self.owner._parameters.get(self.attribute) is None
+
+    @property
     def places(self) -> list[tuple[str, nn.Module]]:
+        """(name, owner) of every place of the tensor."""
         return [(self.name, self.owner), *self.ties]
 
     @property
     def names(self) -> list[str]:
+        """Every name of the tensor."""
         return [name for name, _ in self.places]
 
 
@@ -111,12 +118,16 @@ def join(prefix: str, name: str) -> str:
 
 def why_not_by_default(entry: Selected) -> str:
     """The reason why `entry` is left out unless it is named, or "" if it is selected by default."""
+    kind = kind_of(entry)
+    return "frozen" if kind != "integer type" and not entry.parameter.requires_grad else kind
+
+
+def kind_of(entry: Selected) -> str:
+    """What makes `entry` other than a weight: "embedding", "norm layer", "bias" and so on; "" for a weight."""
     parameter = entry.parameter
     owners = [owner for _, owner in entry.places]
     if not (parameter.is_floating_point() or parameter.is_complex()):
         return "integer type"
-    if not parameter.requires_grad:
-        return "frozen"
     if any(isinstance(owner, _EMBEDDINGS) for owner in owners):
         return "embedding"
     if any(isinstance(owner, _NORMS) for owner in owners):
@@ -128,13 +139,17 @@ def why_not_by_default(entry: Selected) -> str:
     return ""
 
 
+Parts = list[tuple[frozenset[str], bool]]
+"""A selector resolved to names, one part for each of a list: the names that match, and whether it is exact."""
+
+
 class Inventory:
     """A model's parameters, each with the reason why it is left out by default: what selectors are matched against."""
 
     def __init__(self, model: nn.Module) -> None:
         self.entries = named_parameters(model)
         self.why_not = {entry.name: why_not_by_default(entry) for entry in self.entries}
-        self._kind = type(model).__name__
+        self.kind = type(model).__name__
         self._paths: dict[int, str] = {}
         for path, module in named_modules(model):
             self._paths.setdefault(id(module), path)
@@ -145,65 +160,102 @@ class Inventory:
         if not chosen:
             reasons = ", ".join(sorted(set(self.why_not.values()))) or "it has no parameters"
             raise ValueError(
-                f"{self._kind} has no parameter that is selected by default ({reasons}); name one: include=..."
+                f"{self.kind} has no parameter that is selected by default ({reasons}); name one: include=..."
             )
         return chosen
 
-    def match(self, selector: Selector) -> list[Selected]:
-        """The parameters that `selector` means, in the model's order.
-
-        A glob, a regular expression, a type or a module that matches both default-selected parameters and
-        others takes only the former; one that matches only others takes them. Exact names, types with a name,
-        parameters and predicates always count.
-        """
+    def resolve(self, selector: Any) -> Parts:
+        """What `selector` matches, by name: it follows a copy of the model, and a lazy module that changes its type."""
         if _is_list(selector):
-            chosen = {entry.name for part in selector for entry in self.match(part)}
-            if not chosen:
+            parts = [part for inner in selector for part in self.resolve(inner)]
+            if not parts:
                 raise ValueError(
                     "an empty list selects nothing; name at least one parameter, or leave the argument out"
                 )
-            return [entry for entry in self.entries if entry.name in chosen]
-        exact, test = _test(self.by_name(selector), self.entries)
-        hits = [entry for entry in self.entries if test(entry)]
-        if not hits:
+            return parts
+        exact, test = self._test(selector)
+        names = frozenset(entry.name for entry in self.entries if test(entry))
+        if not names:
             raise ValueError(self._no_match(selector))
-        if not exact:
-            hits = [entry for entry in hits if not self.why_not[entry.name]] or hits
-        integers = [entry for entry in hits if self.why_not[entry.name] == "integer type"]
-        if integers and (exact or len(integers) == len(hits)):
-            raise TypeError(
-                f"{integers[0].name} has the integer type {integers[0].parameter.dtype}, which has no gradient; "
-                "leave it out of the selection"
-            )
-        return [entry for entry in hits if entry not in integers]
+        return [(names, exact)]
 
-    def by_name(self, selector: Any) -> Any:
-        """`selector` with modules and parameters replaced by their names, which follow a copy of the model."""
-        if _is_list(selector):
-            return [self.by_name(part) for part in selector]
-        if isinstance(selector, nn.Parameter):
-            names = [entry.name for entry in self.entries if entry.parameter is selector]
-            if not names:
-                raise ValueError(
-                    f"the {selector_text(selector)} is no parameter of {self._kind}; pass one that is, or its name"
+    def choose(self, parts: Parts) -> list[Selected]:
+        """The parameters that resolved selectors mean, in the model's order.
+
+        A part that is not exact and matches both default-selected parameters and others takes only the former; one
+        that matches only others takes them. An exact one takes all it matches.
+        """
+        chosen: set[str] = set()
+        for names, exact in parts:
+            integers = sorted(name for name in names if self.why_not[name] == "integer type")
+            if integers and (exact or len(integers) == len(names)):
+                dtype = next(entry.parameter.dtype for entry in self.entries if entry.name == integers[0])
+                raise TypeError(
+                    f"{integers[0]} has the integer type {dtype}, which has no gradient; leave it out of the selection"
                 )
-            return names[0]
+            default = {name for name in names if not self.why_not[name]}
+            chosen |= names if exact or not default else default
+            chosen -= set(integers)
+        return [entry for entry in self.entries if entry.name in chosen]
+
+    def text(self, selector: Any) -> str:
+        """How a selector is written in a term's key and in messages: a module and a parameter by their names."""
+        if _is_list(selector):
+            return "|".join(map(self.text, selector))
+        if isinstance(selector, nn.Module):
+            return self._paths.get(id(selector)) or type(selector).__name__
+        if isinstance(selector, Tensor):
+            return next((entry.name for entry in self.entries if entry.parameter is selector), "a tensor")
+        return selector_text(selector)
+
+    def _test(self, selector: Any) -> tuple[bool, Callable[[Selected], bool]]:
+        """Whether a selector (no list) is exact, and the test that it puts to each parameter."""
+        if isinstance(selector, str):
+            if selector.startswith("re:"):
+                try:
+                    pattern = re.compile(selector[3:])
+                except re.error as error:
+                    raise ValueError(f'"{selector}" is no regular expression: {error}') from error
+                return False, lambda entry: any(pattern.fullmatch(name) for name in entry.names)
+            if any(selector in entry.names for entry in self.entries):
+                return True, lambda entry: selector in entry.names
+            return False, lambda entry: any(fnmatchcase(name, selector) for name in entry.names)
+        if isinstance(selector, nn.Parameter):
+            if all(entry.parameter is not selector for entry in self.entries):
+                raise ValueError(
+                    f"the parameter of shape {tuple(selector.shape)} is no parameter of {self.kind}; pass one that is, "
+                    "or its name"
+                )
+            return True, lambda entry: entry.parameter is selector
         if isinstance(selector, nn.Module):
             if id(selector) not in self._paths:
                 raise ValueError(
-                    f"the {type(selector).__name__} is no module of {self._kind}; pass one that is, or a glob"
+                    f"the {type(selector).__name__} is no module of {self.kind}; pass one that is, or a glob"
                 )
-            return f"re:{re.escape(join(self._paths[id(selector)], ''))}.*"
-        return selector
+            inside = {id(parameter) for parameter in selector.parameters()}
+            return False, lambda entry: id(entry.parameter) in inside
+        if isinstance(selector, type) and issubclass(selector, nn.Module):
+            return False, lambda entry: any(isinstance(owner, selector) for _, owner in entry.places)
+        if _is_typed(selector):
+            kind, attribute = selector
+            return True, lambda entry: any(
+                isinstance(owner, kind) and name.rpartition(".")[2] == attribute for name, owner in entry.places
+            )
+        if callable(selector) and not isinstance(selector, type):
+            return True, lambda entry: bool(selector(entry.name, entry.owner, entry.parameter))
+        raise TypeError(
+            f"{selector!r} selects nothing: a selector is a name or glob, 're:...', a module type, (type, 'weight'), "
+            "a module, a parameter, a predicate (name, module, parameter) -> bool, or a list of these"
+        )
 
-    def _no_match(self, selector: Selector) -> str:
-        text = selector_text(selector)
+    def _no_match(self, selector: Any) -> str:
+        text = self.text(selector)
         if not isinstance(selector, str):
-            return f"{text} matches no parameter of {self._kind}; print(model) shows its modules"
+            return f"{text} matches no parameter of {self.kind}; print(model) shows its modules"
         names = [name for entry in self.entries for name in entry.names]
         near = difflib.get_close_matches(selector.removeprefix("re:"), names, n=3, cutoff=0.5) or names[:3]
-        hint = f"; did you mean {' or '.join(f'{name!r}' for name in near)}?" if near else ", which has none"
-        return f'pattern "{text}" matches no parameter of {self._kind}{hint}'.replace("'", '"')
+        hint = "; did you mean " + " or ".join(f'"{name}"' for name in near) + "?" if near else ", which has none"
+        return f'pattern "{text}" matches no parameter of {self.kind}{hint}'
 
 
 def select(model: nn.Module, include: Selector | None = None, exclude: Selector | None = None) -> list[Selected]:
@@ -236,25 +288,14 @@ def select(model: nn.Module, include: Selector | None = None, exclude: Selector 
     ValueError: pattern "first.*" matches no parameter of Sequential; did you mean "0.weight" or "0.bias" or "1.weight"?
     """
     inventory = Inventory(model)
-    chosen = inventory.default() if include is None else inventory.match(include)
+    chosen = inventory.default() if include is None else inventory.choose(inventory.resolve(include))
     if exclude is not None:
-        left_out = set(matched_names(inventory, exclude))
+        left_out = {name for names, _ in inventory.resolve(exclude) for name in names}
         chosen = [entry for entry in chosen if entry.name not in left_out]
         if not chosen:
-            raise ValueError(f"exclude={selector_text(exclude)} leaves nothing of the selection; narrow it")
+            raise ValueError(f"exclude={inventory.text(exclude)} leaves nothing of the selection; narrow it")
     warn_about(chosen)
     return chosen
-
-
-def matched_names(inventory: Inventory, selector: Selector) -> list[str]:
-    """The names of everything that `selector` matches, default-selected or not: what `exclude` means."""
-    if _is_list(selector):
-        return [name for part in selector for name in matched_names(inventory, part)]
-    _, test = _test(inventory.by_name(selector), inventory.entries)
-    hits = [entry.name for entry in inventory.entries if test(entry)]
-    if not hits:
-        raise ValueError(inventory._no_match(selector))
-    return hits
 
 
 def warn_about(chosen: list[Selected]) -> None:
@@ -262,61 +303,28 @@ def warn_about(chosen: list[Selected]) -> None:
     if not any(entry.parameter.requires_grad for entry in chosen):
         warnings.warn(
             f"every selected parameter is frozen ({chosen[0].name}, ...): the penalty has no gradient to act by",
-            stacklevel=4,
+            stacklevel=3,
         )
     inputs = [entry.name for entry in chosen if isinstance(entry.owner, ParametrizationList) or _weight_normed(entry)]
     if inputs:
         warnings.warn(
             f"{inputs[0]} is the input of a parametrization: penalizing it is not penalizing the weight that it makes. "
             "Remove the parametrization, or exclude the parameter",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
 def selector_text(selector: Any) -> str:
-    """How a selector is written in a term's key and in messages.
+    """How a selector is written that needs no model to be named.
 
-    >>> selector_text("fc*.weight"), selector_text((nn.Linear, "weight")), selector_text([nn.Linear, "head.*"])
-    ('fc*.weight', 'Linear.weight', 'Linear|head.*')
+    >>> selector_text("fc*.weight"), selector_text((nn.Linear, "weight")), selector_text(nn.Linear)
+    ('fc*.weight', 'Linear.weight', 'Linear')
     """
     if isinstance(selector, str):
         return selector
-    if isinstance(selector, type):
-        return selector.__name__
     if _is_typed(selector):
         return f"{selector[0].__name__}.{selector[1]}"
-    if _is_list(selector):
-        return "|".join(map(selector_text, selector))
-    if isinstance(selector, Tensor):
-        return f"parameter of shape {tuple(selector.shape)}"
     return str(getattr(selector, "__name__", repr(selector)))
-
-
-def _test(selector: Any, entries: list[Selected]) -> tuple[bool, Callable[[Selected], bool]]:
-    """Whether a selector (no list) is exact, and the test that it puts to each parameter."""
-    if isinstance(selector, str):
-        if selector.startswith("re:"):
-            try:
-                pattern = re.compile(selector[3:])
-            except re.error as error:
-                raise ValueError(f'"{selector}" is no regular expression: {error}') from error
-            return False, lambda entry: any(pattern.fullmatch(name) for name in entry.names)
-        if any(selector in entry.names for entry in entries):
-            return True, lambda entry: selector in entry.names
-        return False, lambda entry: any(fnmatchcase(name, selector) for name in entry.names)
-    if isinstance(selector, type) and issubclass(selector, nn.Module):
-        return False, lambda entry: any(isinstance(owner, selector) for _, owner in entry.places)
-    if _is_typed(selector):
-        kind, attribute = selector
-        return True, lambda entry: any(
-            isinstance(owner, kind) and name.rpartition(".")[2] == attribute for name, owner in entry.places
-        )
-    if callable(selector) and not isinstance(selector, type):
-        return True, lambda entry: bool(selector(entry.name, entry.owner, entry.parameter))
-    raise TypeError(
-        f"{selector!r} selects nothing: a selector is a name or glob, 're:...', a module type, (type, 'weight'), "
-        "a module, a parameter, a predicate (name, module, parameter) -> bool, or a list of these"
-    )
 
 
 def _is_list(selector: object) -> TypeGuard[Collection[Any]]:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from torchreg import tables
 from torchreg.regularizer import Regularizer
-from torchreg.selection import Selected, Selector, named_parameters, select, why_not_by_default
+from torchreg.selection import Selected, Selector, kind_of, named_parameters, select
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -148,17 +148,16 @@ def sparsity(
     layers = []
     for entry in entries:
         parameter = entry.parameter
-        zeros, dead_inputs, dead_neurons = next(read[parameter.device])
-        neurons, inputs = _axes(entry)
+        zeros, inputs, dead_inputs, neurons, dead_neurons = next(read[parameter.device])
         layers.append(
             LayerSparsity(
                 name=entry.name,
                 shape=tuple(parameter.shape),
                 weights=parameter.numel(),
                 zeros=zeros,
-                inputs=parameter.shape[inputs] if parameter.dim() > 1 else 0,
+                inputs=inputs,
                 dead_inputs=dead_inputs,
-                neurons=parameter.shape[neurons] if parameter.dim() > 0 else 0,
+                neurons=neurons,
                 dead_neurons=dead_neurons,
             )
         )
@@ -174,6 +173,7 @@ class FrozenZeros:
         self._handles = [
             parameter.register_post_accumulate_grad_hook(lambda p, zero=zero: _clear(p.grad, zero))
             for parameter, zero in masks
+            if parameter.requires_grad
         ]
         self._handles.append(optimizer.register_step_post_hook(self._restore))
 
@@ -220,6 +220,11 @@ def freeze_zeros(regularizer: Regularizer, optimizer: Optimizer) -> FrozenZeros:
     >>> model.weight.detach()
     tensor([[0., 0.]])
     """
+    if not isinstance(regularizer, Regularizer):
+        raise TypeError(
+            f"expected a Regularizer, which selects what is frozen, got {type(regularizer).__name__}; "
+            "build one: Regularizer(model, L1(1e-4))"
+        )
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     parameters = list(regularizer.named_parameters())
     if missing := [name for name, parameter in parameters if id(parameter) not in own]:
@@ -229,8 +234,8 @@ def freeze_zeros(regularizer: Regularizer, optimizer: Optimizer) -> FrozenZeros:
         )
     masks = [(parameter, parameter == 0) for _, parameter in parameters]
     for parameter, zero in masks:
-        for value in optimizer.state.get(parameter, {}).values():
-            if isinstance(value, Tensor) and value.shape == zero.shape:
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if key != "step" and isinstance(value, Tensor) and value.shape == zero.shape:
                 _clear(value, zero)
         _clear(parameter.grad, zero)
     return FrozenZeros(masks, optimizer)
@@ -243,32 +248,32 @@ def _weights(model: nn.Module | Regularizer, include: Selector | None, exclude: 
         return [bound.selected for bound in model._current()]
     if include is not None or exclude is not None:
         return select(model, include, exclude)
-    entries = [entry for entry in named_parameters(model) if why_not_by_default(entry) in ("", "frozen")]
-    entries = [entry for entry in entries if entry.parameter.dim() > 1]
+    entries = [entry for entry in named_parameters(model) if not kind_of(entry)]
     if not entries:
         raise ValueError(f"{type(model).__name__} has no weight of two or more dimensions; name some: include=...")
     return entries
 
 
-def _axes(entry: Selected) -> tuple[int, int]:
-    """The dimensions of neurons and of inputs."""
-    return (1, 0) if isinstance(entry.owner, _TRANSPOSED) else (0, 1)
-
-
 def _count(entry: Selected) -> Tensor:
-    """[zeros, dead inputs, dead neurons] of one weight, on its device."""
+    """[zeros, inputs, dead inputs, neurons, dead neurons] of one weight, on its device."""
     alive = entry.parameter.detach() != 0
-    neurons, inputs = _axes(entry)
-    zeros = alive.numel() - alive.sum()
-    dead = [
-        (~_any_but(alive, axis)).sum() if alive.dim() > axis else torch.zeros_like(zeros) for axis in (inputs, neurons)
-    ]
-    return torch.stack([zeros, *dead])
-
-
-def _any_but(alive: Tensor, axis: int) -> Tensor:
-    """For each index along `axis`, whether anything is alive there."""
-    return alive.movedim(axis, 0).flatten(1).any(1) if alive.dim() > 1 else alive
+    owner = entry.owner
+    groups = owner.groups if isinstance(owner, nn.modules.conv._ConvNd) else 1
+    if alive.dim() < 2:
+        alive = alive.reshape(1, -1, 1)
+    elif isinstance(
+        owner, _TRANSPOSED
+    ):  # (inputs, neurons / groups, ...), where others have (neurons, inputs / groups, ...)
+        alive = alive.unflatten(0, (groups, -1)).transpose(1, 2)
+    else:
+        alive = alive.unflatten(0, (groups, -1))
+    # groups × neurons of a group × inputs of a group: in a grouped convolution each group reads inputs of its own.
+    alive = alive.flatten(3).any(3) if alive.dim() > 3 else alive
+    neurons = alive.any(2)
+    inputs = alive.any(1) if entry.parameter.dim() > 1 else neurons[:, :0]  # a vector has neurons alone
+    zeros = (entry.parameter.detach() == 0).sum()
+    sizes = [torch.full_like(zeros, count) for count in (inputs.numel(), neurons.numel())]
+    return torch.stack([zeros, sizes[0], (~inputs).sum(), sizes[1], (~neurons).sum()])
 
 
 def _clear(tensor: Tensor | None, zero: Tensor) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import operator
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +15,11 @@ from torch.optim import Optimizer
 
 from torchreg.optim.step_sizes import StepSize, adam_step, step_size_of
 from torchreg.penalties import Penalty
-from torchreg.regularizer import Bound, Regularizer
+from torchreg.regularizer import Regularizer
+from torchreg.terms import Bound
+
+_alive: weakref.WeakSet[Attachment] = weakref.WeakSet()
+"""Every attachment there is, whatever its regularizer: a parameter has at most one."""
 
 
 class Prox(ABC):
@@ -29,12 +35,14 @@ class Prox(ABC):
         """Just before the optimizer's update, while its state is the old one."""
         look = getattr(self.step_size, "before", None)
         if look is not None:
-            for group, parameter, _ in self._stepped(optimizer):
+            for group, parameter, _ in self._carried(optimizer):
                 look(optimizer, group, parameter)
 
     def apply(self, optimizer: Optimizer) -> None:
         """Just after the optimizer's update."""
-        for group, parameter, penalty in self._stepped(optimizer):
+        for group, parameter, penalty in self._carried(optimizer):
+            if parameter.grad is None:
+                continue
             # Asked for even where λ is 0: the build-up of momentum goes on while λ waits.
             step = self.step_size(optimizer, group, parameter)
             if penalty is None or penalty.is_zero or (not isinstance(step, Tensor) and step == 0):
@@ -46,11 +54,11 @@ class Prox(ABC):
                 step = torch.where(skipped, 0.0, step)
             penalty.prox_(parameter, step)
 
-    def _stepped(self, optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], Tensor, Penalty | None]]:
+    def _carried(self, optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], Tensor, Penalty | None]]:
         penalties = self.penalties(optimizer)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None and id(parameter) in penalties:
+                if id(parameter) in penalties:
                     yield group, parameter, penalties[id(parameter)]
 
 
@@ -84,26 +92,46 @@ class Attachment(Prox):
             raise TypeError(
                 f"regularizer is a {type(regularizer).__name__}; build one first: Regularizer(model, L1(1e-4))"
             )
-        self.regularizer = regularizer
         self.step_size = step_size
-        self.active = True
-        self._optimizer = weakref.ref(optimizer)
         self._partial = partial
         self._hooked = hooked
         self._handles: list[Any] = []
+        self._begin(optimizer, regularizer)
+
+    def _begin(self, optimizer: Optimizer, regularizer: Regularizer) -> None:
+        self.regularizer = regularizer
+        self.active = True
+        self._optimizer: Callable[[], Optimizer | None] = weakref.ref(optimizer)
         self._held: dict[int, Bound] = {}
-        self._seen: tuple[list[int], list[Tensor]] = ([], [])
+        self._seen: tuple[list[Bound], list[Tensor], list[int]] = ([], [], [])
         self._refresh(optimizer)
+        _alive.add(self)
         regularizer._attach(self)
-        if hooked:
+        if self._hooked:
+            self._hook(optimizer)
+        else:
+            optimizer.attachment = self  # type: ignore[attr-defined]
+
+    def _hook(self, optimizer: Optimizer) -> None:
+        if not self._handles:
             before = optimizer.register_step_pre_hook(self._before_hook)
             after = optimizer.register_step_post_hook(self._after_hook)
             # First among the hooks: a mask or an average must see the weights after the prox.
             optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
             self._handles = [before, after]
 
+    @property
+    def alive(self) -> bool:
+        """The optimizer exists."""
+        return self._optimizer() is not None
+
     def remove(self) -> None:
         """Takes the prox off the optimizer: `reg()` has the gradient of its parameters again."""
+        self.regularizer._settle()  # a copied handle takes hold of the copied optimizer first
+        optimizer, forget = self._optimizer(), getattr(self.step_size, "forget", None)
+        if optimizer is not None and forget is not None:
+            for parameter in self._seen[1]:
+                forget(optimizer, parameter)
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -132,27 +160,37 @@ class Attachment(Prox):
         return [(bound.parameter(), bound.penalty if enabled else None) for bound in self.held().values()]
 
     def renew(self, regularizer: Regularizer, memo: Mapping[int, Any] | None = None) -> None:
-        """Carries `regularizer`, a copy, on the copy of the optimizer that `memo` holds; without a memo on its own."""
-        optimizer: Any = self._optimizer() if memo is None else memo.get(id(self._optimizer()))
+        """Carries `regularizer`, a copy, on the copy of the optimizer that deepcopy's `memo` holds; or on its own."""
+        optimizer = self._optimizer() if memo is None else memo.get(id(self._optimizer()))
         if optimizer is None:
             return
-        new = Attachment(optimizer, regularizer, self.step_size, partial=self._partial, hooked=self._hooked)
-        if not self._hooked:
-            optimizer.attachment = new
+        new = self if memo is None else memo.get(id(self)) or self._blank()
+        new._begin(optimizer, regularizer)
+
+    def _blank(self) -> Attachment:
+        new = object.__new__(Attachment)
+        new.__dict__.update(self.__getstate__(), _optimizer=_nothing)
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        new = self._blank()
+        memo[id(self)] = new
+        new.regularizer = copy.deepcopy(self.regularizer, memo)
+        optimizer = self._optimizer()
+        if self._hooked and optimizer is not None:
+            # A deepcopy of an optimizer drops its hooks: give the copy its own, which settle at its first step.
+            new._hook(copy.deepcopy(optimizer, memo))
+        return new
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "regularizer": None,
-            "_optimizer": self._optimizer(),
-            "_handles": [],
-            "_held": {},
-            "_seen": None,
-        }
+        # An optimizer that was pickled along is held until the regularizer's first use takes hold of it.
+        return {**self.__dict__, "_optimizer": self._optimizer(), "_handles": [], "_held": {}, "_seen": ([], [], [])}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         optimizer = state["_optimizer"]
         self.__dict__.update(state, _optimizer=lambda: optimizer)
+        if self._hooked and self.active and optimizer is not None:
+            self._hook(optimizer)
 
     def _before_hook(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.before(optimizer)
@@ -166,12 +204,12 @@ class Attachment(Prox):
         bounds = self.regularizer._current(materialized=False)
         live = [bound.parameter() for bound in bounds]
         sizes = [len(group["params"]) for group in optimizer.param_groups]
-        if sizes == self._seen[0] and list(map(id, live)) == list(map(id, self._seen[1])):
+        if bounds is self._seen[0] and all(map(operator.is_, live, self._seen[1])) and sizes == self._seen[2]:
             return
         own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         held = {id(parameter): bound for parameter, bound in zip(live, bounds, strict=True) if id(parameter) in own}
         self._check(optimizer, held, [b for p, b in zip(live, bounds, strict=True) if id(p) not in own])
-        self._held, self._seen = held, (sizes, live)
+        self._held, self._seen = held, (bounds, live, sizes)
 
     def _check(self, optimizer: Optimizer, held: dict[int, Bound], missing: list[Bound]) -> None:
         """Raises where this optimizer cannot carry the prox of what is selected."""
@@ -190,13 +228,11 @@ class Attachment(Prox):
             )
         if not held:
             raise ValueError(f"{kind} holds none of the selected parameters ({names}); give it some, or select others")
-        others = [route for route in self.regularizer._live_routes() if route is not self]
-        others += [other for other in attachments_of(optimizer) if other is not self]
-        for other in others:
+        for other in [other for other in _alive if other is not self]:
             for id_ in held.keys() & other.held().keys():
                 raise ValueError(
                     f"{held[id_].name} already has its {other.describe()}, and twice is another penalty; take that off "
-                    "first, with handle.remove() or optimizer.attachment.remove()"
+                    "first, with handle.remove(), optimizer.attachment.remove() or del optimizer"
                 )
         for bound in held.values():
             if bound.parameter().is_complex() and self.step_size is adam_step:
@@ -247,8 +283,5 @@ def attach(
     return Attachment(optimizer, regularizer, step_size, partial=partial, hooked=True)
 
 
-def attachments_of(optimizer: Optimizer) -> list[Attachment]:
-    """Every attachment that `optimizer` carries."""
-    hooks = optimizer._optimizer_step_post_hooks.values()
-    found = [getattr(hook, "__self__", None) for hook in hooks] + [getattr(optimizer, "attachment", None)]
-    return [attachment for attachment in found if isinstance(attachment, Attachment)]
+def _nothing() -> None:
+    """The optimizer of a copied handle before it has one."""

@@ -22,7 +22,7 @@ class StepSize(Protocol):
     """The prox step of one parameter, asked for once after every real step in which it had a gradient.
 
     An object with a method `before(optimizer, group, parameter)` is told of each parameter just before the step,
-    while the optimizer's state is still the old one.
+    while the optimizer's state is still the old one; with `forget(optimizer, parameter)`, of the prox's removal.
     """
 
     def __call__(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step: ...
@@ -45,6 +45,10 @@ class SGDStep:
         state = optimizer.state[parameter]
         if state.get("momentum_buffer") is not None and self.KEY not in state and momentum < 1:
             state[self.KEY] = (1 - group["dampening"]) / (1 - momentum)
+
+    def forget(self, optimizer: Optimizer, parameter: Tensor) -> None:
+        """Once removed, nobody follows the momentum: when attached again, it counts as built up."""
+        optimizer.state.get(parameter, {}).pop(self.KEY, None)
 
     def __call__(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step:
         lr, momentum = _number(group["lr"]), _number(group["momentum"])

@@ -25,8 +25,10 @@ class Proximal(Optimizer):
     __signature__: ClassVar[inspect.Signature]
     attachment: Prox | None = None
 
-    def __init_subclass__(cls, stock: type[Optimizer], **kwargs: Any) -> None:
+    def __init_subclass__(cls, stock: type[Optimizer] | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if stock is None:  # a subclass of a swap-in
+            return
         cls._stock = stock
         # help() and IDEs show the arguments of the stock class, whatever its version has.
         signature = inspect.signature(stock)
@@ -35,7 +37,7 @@ class Proximal(Optimizer):
 
     def __init__(self, params: Any, *args: Any, regularizer: Regularizer, partial: bool = False, **kwargs: Any) -> None:
         super().__init__(params, *args, **kwargs)
-        self.attachment = Attachment(self, regularizer, STEP_SIZES[self._stock], partial=partial, hooked=False)
+        Attachment(self, regularizer, STEP_SIZES[self._stock], partial=partial, hooked=False)
 
     @property
     def regularizer(self) -> Regularizer | None:

@@ -6,6 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor
 
 from torchreg import checks
@@ -73,7 +74,10 @@ class Penalty(ABC):
 
     def prox_(self, w: Tensor, step: Step) -> Tensor:
         """`prox` in place, for a training step: a tensor `step` is not looked at, so nothing synchronizes."""
-        return w.copy_(self._prox(checks.widened(w), step))
+        wide = checks.widened(w)
+        if torch.is_grad_enabled():
+            wide = wide.clone()  # a differentiable step keeps the old weights for its backward
+        return w.copy_(self._prox(wide, step))
 
     def scaled(self, factor: float) -> Self:
         """The same penalty with every strength multiplied by `factor`.

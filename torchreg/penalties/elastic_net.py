@@ -79,7 +79,7 @@ class ElasticNet(Penalty):
         return self.l1 * w.abs().sum() + self.l2 * sum_of_squares(w)
 
     def _prox(self, w: Tensor, step: Step) -> Tensor:
-        return soft_threshold(w, step * self.l1) / (1 + 2 * step * self.l2)
+        return soft_threshold(w, step * self.l1) / (1 + 2 * self.l2 * step)  # a huge step times l2 = 0 is 0
 
 
 def _ratio(l1_ratio: float) -> float:

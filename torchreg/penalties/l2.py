@@ -64,4 +64,4 @@ class L2(Penalty):
         return self.strength * sum_of_squares(w)
 
     def _prox(self, w: Tensor, step: Step) -> Tensor:
-        return w / (1 + 2 * step * self.strength)
+        return w / (1 + 2 * self.strength * step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from torchreg.checks import Step
@@ -62,4 +63,7 @@ class Toward(Penalty):
 
     def _prox(self, w: Tensor, step: Step) -> Tensor:
         anchor = self.anchor.to(w)
-        return anchor + self.penalty._prox(w - anchor, step)
+        away = w - anchor
+        kept = self.penalty._prox(away, step)
+        # Exact at both ends, where w₀ + kept would round: no step leaves w, and a zero is w₀.
+        return torch.where(kept == 0, anchor, w - (away - kept))
