@@ -8,6 +8,8 @@ from torch import nn
 
 import torchreg
 
+torch.set_num_threads(1)  # on models this small, threads waiting for each other take most of the time
+
 
 @pytest.fixture(autouse=True)
 def _public_names(doctest_namespace: dict[str, Any]) -> None:

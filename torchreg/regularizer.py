@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import logging
 import weakref
@@ -289,7 +288,6 @@ class Regularizer:
         # The model may be copied after its regularizer: which one to follow is settled at the first use.
         new._pending = (memo, list(self._live_routes()))
         memo[id(self)] = new
-        copy.deepcopy(new._pending[1], memo)  # a copied optimizer has no hooks, unless its attachment is copied too
         return new
 
     def __getstate__(self) -> dict[str, Any]:

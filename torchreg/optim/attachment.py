@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import operator
 import weakref
 from abc import ABC, abstractmethod
@@ -81,7 +82,6 @@ class Attachment(Prox):
     route.
 
     Attributes:
-        regularizer: whose penalties it applies.
         active: False once removed.
     """
 
@@ -96,10 +96,11 @@ class Attachment(Prox):
         self._partial = partial
         self._hooked = hooked
         self._handles: list[Any] = []
+        self._pending: Mapping[int, Any] | None = None  # of a copy: the memo of its deepcopy, until its first use
         self._begin(optimizer, regularizer)
 
     def _begin(self, optimizer: Optimizer, regularizer: Regularizer) -> None:
-        self.regularizer = regularizer
+        self._regularizer = regularizer
         self.active = True
         self._optimizer: Callable[[], Optimizer | None] = weakref.ref(optimizer)
         self._held: dict[int, Bound] = {}
@@ -119,6 +120,22 @@ class Attachment(Prox):
             # First among the hooks: a mask or an average must see the weights after the prox.
             optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
             self._handles = [before, after]
+            # A deepcopy of an optimizer drops its hooks, so this one says how it is copied.
+            optimizer.__deepcopy__ = functools.partial(_copied, weakref.ref(optimizer))  # type: ignore[attr-defined]
+
+    @property
+    def regularizer(self) -> Regularizer:
+        """Whose penalties it applies."""
+        self._settle()
+        return self._regularizer
+
+    def _settle(self) -> None:
+        """A copy takes hold of the regularizer that was copied with it; without one it does nothing."""
+        if self._pending is not None:
+            memo, self._pending = self._pending, None
+            copied = memo.get(id(self._regularizer))
+            if copied is not None:
+                copied._settle()
 
     @property
     def alive(self) -> bool:
@@ -127,7 +144,8 @@ class Attachment(Prox):
 
     def remove(self) -> None:
         """Takes the prox off the optimizer: `reg()` has the gradient of its parameters again."""
-        self.regularizer._settle()  # a copied handle takes hold of the copied optimizer first
+        self._settle()
+        self._regularizer._settle()
         optimizer, forget = self._optimizer(), getattr(self.step_size, "forget", None)
         if optimizer is not None and forget is not None:
             for parameter in self._seen[1]:
@@ -136,10 +154,12 @@ class Attachment(Prox):
             handle.remove()
         self._handles = []
         self.active = False
-        self.regularizer._detach(self)
+        self._regularizer._detach(self)
+        if optimizer is not None and self._hooked and not _attached(optimizer):
+            optimizer.__dict__.pop("__deepcopy__", None)
 
     def penalties(self, optimizer: Optimizer) -> Mapping[int, Penalty | None]:
-        enabled = self.regularizer.enabled
+        enabled = self.regularizer.enabled  # settles a copy first
         return {id_: bound.penalty if enabled else None for id_, bound in self.held().items()}
 
     def held(self) -> Mapping[int, Bound]:
@@ -162,24 +182,16 @@ class Attachment(Prox):
     def renew(self, regularizer: Regularizer, memo: Mapping[int, Any] | None = None) -> None:
         """Carries `regularizer`, a copy, on the copy of the optimizer that deepcopy's `memo` holds; or on its own."""
         optimizer = self._optimizer() if memo is None else memo.get(id(self._optimizer()))
-        if optimizer is None:
-            return
-        new = self if memo is None else memo.get(id(self)) or self._blank()
-        new._begin(optimizer, regularizer)
-
-    def _blank(self) -> Attachment:
-        new = object.__new__(Attachment)
-        new.__dict__.update(self.__getstate__(), _optimizer=_nothing)
-        return new
+        if optimizer is not None:
+            new = self if memo is None else memo.get(id(self)) or copy.deepcopy(self, dict(memo))
+            new._pending = None
+            new._begin(optimizer, regularizer)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
-        new = self._blank()
+        self._settle()
+        new = object.__new__(Attachment)
+        new.__dict__.update(self.__getstate__(), _optimizer=_nothing, _pending=memo)
         memo[id(self)] = new
-        new.regularizer = copy.deepcopy(self.regularizer, memo)
-        optimizer = self._optimizer()
-        if self._hooked and optimizer is not None:
-            # A deepcopy of an optimizer drops its hooks: give the copy its own, which settle at its first step.
-            new._hook(copy.deepcopy(optimizer, memo))
         return new
 
     def __getstate__(self) -> dict[str, Any]:
@@ -201,7 +213,7 @@ class Attachment(Prox):
 
     def _refresh(self, optimizer: Optimizer) -> None:
         """Finds which selected parameters the optimizer holds, if the model or the groups have changed since."""
-        bounds = self.regularizer._current(materialized=False)
+        bounds = self._regularizer._current(materialized=False)
         live = [bound.parameter() for bound in bounds]
         sizes = [len(group["params"]) for group in optimizer.param_groups]
         if bounds is self._seen[0] and all(map(operator.is_, live, self._seen[1])) and sizes == self._seen[2]:
@@ -228,8 +240,8 @@ class Attachment(Prox):
             )
         if not held:
             raise ValueError(f"{kind} holds none of the selected parameters ({names}); give it some, or select others")
-        for other in [other for other in _alive if other is not self]:
-            for id_ in held.keys() & other.held().keys():
+        for other in [other for other in _alive if other is not self and other.alive and other.active]:
+            for id_ in held.keys() & other._held.keys():
                 raise ValueError(
                     f"{held[id_].name} already has its {other.describe()}, and twice is another penalty; take that off "
                     "first, with handle.remove(), optimizer.attachment.remove() or del optimizer"
@@ -285,3 +297,22 @@ def attach(
 
 def _nothing() -> None:
     """The optimizer of a copied handle before it has one."""
+
+
+def _attached(optimizer: Optimizer) -> list[Attachment]:
+    """The attachments that `optimizer` carries in its hooks."""
+    owners = [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_post_hooks.values()]
+    return [owner for owner in owners if isinstance(owner, Attachment)]
+
+
+def _copied(reference: weakref.ref[Optimizer], memo: dict[int, Any]) -> Optimizer:
+    """A deepcopy of an optimizer with the copies of its attachments, which settle at its first step."""
+    optimizer: Any = reference()
+    how = optimizer.__dict__.pop("__deepcopy__")
+    try:
+        new: Optimizer = copy.deepcopy(optimizer, memo)
+    finally:
+        optimizer.__deepcopy__ = how
+    for attachment in _attached(optimizer):
+        copy.deepcopy(attachment, memo)._hook(new)
+    return new

@@ -1,0 +1,120 @@
+"""Small models, numbers and counters that several tests share."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchreg.optim import Attachment
+
+
+class MLP(nn.Module):
+    """fc1 6→5, a norm layer, fc2 5→3: two weights that are selected, four parameters that are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(6, 5)
+        self.norm = nn.LayerNorm(5)
+        self.fc2 = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.norm(self.fc1(x)).relu())
+
+
+class Lazy(nn.Module):
+    """Like `MLP`, with an fc2 that learns its width at the first forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(6, 5)
+        self.fc2 = nn.LazyLinear(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x).relu())
+
+
+class Halved(nn.Module):
+    """A parametrization: the weight is half of what is stored."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        return w / 2
+
+    def right_inverse(self, w: Tensor) -> Tensor:
+        return w * 2
+
+
+def mlp(seed: int = 0) -> MLP:
+    torch.manual_seed(seed)
+    return MLP()
+
+
+def batch(seed: int = 1, n: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 6, generator=generator), torch.randn(n, 3, generator=generator)
+
+
+def array(w: Tensor) -> np.ndarray:
+    """The weights in float64 (or complex128), for numbers that owe nothing to torch."""
+    w = w.detach()
+    return w.to(torch.complex128 if w.is_complex() else torch.float64).numpy().copy()
+
+
+def l1(w: Tensor) -> float:
+    return float(np.abs(array(w)).sum())
+
+
+def l2(w: Tensor) -> float:
+    return float((np.abs(array(w)) ** 2).sum())
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: w.detach().clone() for name, w in model.named_parameters()}
+
+
+def same(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
+    """Bit for bit the same weights."""
+    return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+class Reads:
+    """Counts the reads of tensors by the host inside a `with` block: each makes an accelerator wait."""
+
+    _CALLS = ("tolist", "numpy", "cpu")  # they leave no trace among the operations on a CPU
+    _OPERATIONS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __enter__(self) -> Reads:
+        reads = self
+
+        class Operations(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                reads.count += func in Reads._OPERATIONS
+                return func(*args, **(kwargs or {}))
+
+        class Calls(TorchFunctionMode):
+            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                reads.count += getattr(func, "__name__", "") in Reads._CALLS
+                return func(*args, **(kwargs or {}))
+
+        self._stack = ExitStack()
+        self._stack.enter_context(Operations())
+        self._stack.enter_context(Calls())
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+
+def attachments_of(optimizer: torch.optim.Optimizer) -> list[Attachment]:
+    """Every attachment that an optimizer carries, in its hooks or in its own step."""
+    found = [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_post_hooks.values()]
+    found.append(getattr(optimizer, "attachment", None))
+    return [attachment for attachment in found if isinstance(attachment, Attachment)]
