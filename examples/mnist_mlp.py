@@ -1,0 +1,174 @@
+"""An MLP on MNIST becomes truly sparse: four trainings of LeNet-300-100, one table, one picture, TensorBoard logs.
+
+    python examples/mnist_mlp.py                 # about four minutes on two cores
+    python examples/mnist_mlp.py --epochs 60     # longer
+    tensorboard --logdir runs                    # accuracy, losses, sparsity and norms by layer
+
+1. plain        Adam, no penalty
+2. L1 in loss   Adam on loss + λΣ|w|: small weights, and no zeros
+3. prox L1      ProxAdam on the same objective: exact zeros
+4. prox EN      ProxAdam with the elastic net λ₁Σ|w| + λ₂Σw²
+
+Each regularized run is then refitted: its zeros frozen, the penalty disabled. The strengths were fixed beforehand on
+a validation split (`--validate`: the last 10,000 training images take the place of the test images).
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # writes a file, opens no window
+import matplotlib.pyplot as plt
+import mnist_data
+import torch
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import torchreg as tr
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--epochs", type=int, default=16, help="epochs of regularized training (default: %(default)s)")
+parser.add_argument(
+    "--refit-epochs", type=int, default=8, help="epochs of the refit, 0 for none (default: %(default)s)"
+)
+parser.add_argument("--warmup-epochs", type=float, default=4, help="λ rises over these (default: %(default)s)")
+parser.add_argument("--l1", type=float, default=4e-4, help="λ of L1, λ₁ of the elastic net (default: %(default)s)")
+parser.add_argument("--l2", type=float, default=1e-5, help="λ₂ of the elastic net (default: %(default)s)")
+parser.add_argument("--lr", type=float, default=1e-3, help="learning rate, to 0 by a cosine (default: %(default)s)")
+parser.add_argument("--batch-size", type=int, default=128, help="(default: %(default)s)")
+parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+parser.add_argument("--data", help="folder of MNIST (default: TORCHREG_DATA, else ~/.cache/torchreg)")
+parser.add_argument("--out", type=Path, default=Path("runs"), help="logs and picture (default: %(default)s)")
+parser.add_argument("--validate", action="store_true", help="measure on 10,000 held-out training images")
+args = parser.parse_args()
+
+# A weight that gets no gradient any more leaves moments that decay into denormal numbers, on which a CPU is several
+# times slower. Before the first operation, so that every thread of torch has it.
+torch.set_flush_denormal(True)
+
+x_train, y_train, x_test, y_test, source = mnist_data.load(args.data)
+print(source)
+if args.validate:
+    held_out = len(x_train) // 6
+    x_test, y_test = x_train[-held_out:], y_train[-held_out:]
+    x_train, y_train = x_train[:-held_out], y_train[:-held_out]
+score = "validation" if args.validate else "test"
+# The digits are few: an epoch shows each of them some forty times, so that it is as long as one of MNIST.
+repeats = max(1, 50_000 // len(x_train))
+x_train, y_train = x_train.repeat(repeats, 1), y_train.repeat(repeats)
+batches = -(-len(x_train) // args.batch_size)
+
+
+class LeNet300(nn.Module):
+    def __init__(self, pixels: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(pixels, 300)
+        self.fc2 = nn.Linear(300, 100)
+        self.fc3 = nn.Linear(100, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc3(torch.relu(self.fc2(torch.relu(self.fc1(x)))))
+
+
+@torch.no_grad()
+def measure(model: nn.Module) -> float:
+    return (model(x_test).argmax(1) == y_test).float().mean().item()
+
+
+runs = {
+    "plain": tr.L1(0.0),
+    "L1 in loss": tr.L1(args.l1),
+    "prox L1": tr.L1(args.l1),
+    "prox elastic net": tr.ElasticNet(l1=args.l1, l2=args.l2),
+}
+results = []
+for name, penalty in runs.items():
+    torch.manual_seed(args.seed)  # every run starts from the same weights and sees the same batches
+    model = LeNet300(x_train.shape[1])
+    reg = tr.Regularizer(model, penalty)  # the three weights; biases are left alone
+    term = reg[penalty.name]
+    # Adds the penalty to the loss. Where a proximal optimizer carries it, it adds the value without the gradient,
+    # so the loop below is the same for all runs.
+    criterion = tr.RegularizedLoss(nn.CrossEntropyLoss(), reg)
+    if name.startswith("prox"):
+        optimizer = tr.optim.ProxAdam(model.parameters(), lr=args.lr, regularizer=reg)
+    else:
+        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+
+    logdir = args.out / name.replace(" ", "_")
+    for stale in logdir.glob("events.out.tfevents.*"):
+        stale.unlink()  # TensorBoard would draw an earlier run into the same curve
+    writer = SummaryWriter(str(logdir))
+    accuracy, step, epoch, seconds = {}, 0, 0, 0.0
+    for phase, epochs in (("train", args.epochs), ("refit", args.refit_epochs)):
+        if phase == "refit":
+            reg.disable()
+            optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+            tr.freeze_zeros(reg, optimizer)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * batches))
+        accuracy[phase], zeros = measure(model), tr.sparsity(model)
+        bar = tqdm(total=epochs * batches, desc=f"{name}, {phase}", disable=None, dynamic_ncols=True)
+        for _ in range(epochs):
+            started = time.perf_counter()
+            data_loss = 0.0
+            for batch in torch.randperm(len(x_train)).split(args.batch_size):
+                if phase == "train":  # λ at full strength at once would kill weights before they have learned
+                    term.factor = min(1.0, step / max(1, args.warmup_epochs * batches))
+                step += 1
+                loss = criterion(model(x_train[batch]), y_train[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                data_loss += criterion.last.data
+                bar.update()
+            seconds += time.perf_counter() - started
+
+            epoch += 1
+            accuracy[phase], zeros = measure(model), tr.sparsity(model)
+            bar.set_postfix(accuracy=f"{accuracy[phase]:.2%}", zeros=f"{zeros.fraction:.1%}")
+            writer.add_scalar("overview/accuracy", accuracy[phase], epoch)
+            writer.add_scalar("overview/loss_data", data_loss / batches, epoch)
+            writer.add_scalar("overview/penalty", criterion.last.penalty, epoch)
+            writer.add_scalar("overview/sparsity", zeros.fraction, epoch)
+            for layer in zeros.layers:
+                weight = model.get_parameter(layer.name).detach()
+                writer.add_scalar(f"sparsity/{layer.name}", layer.fraction, epoch)
+                writer.add_scalar(f"weight_norm_l1/{layer.name}", weight.abs().sum(), epoch)
+                writer.add_scalar(f"weight_norm_l2/{layer.name}", weight.square().sum().sqrt(), epoch)
+        bar.close()
+    writer.close()
+    strength = model.fc1.weight.detach().abs().sum(0)  # of each pixel; 0 if no weight reads it
+    results.append((name, accuracy, zeros, strength, seconds))
+
+columns = ["run", f"{score} %", "refitted %", "zeros %", "fc1 left", "fc2 left", "fc3 left", "live pixels", "seconds"]
+rows = []
+for name, accuracy, zeros, strength, seconds in results:
+    left = [f"{layer.weights - layer.zeros:,}" for layer in zeros.layers]
+    pixels = f"{(strength > 0).sum()} of {len(strength)}"
+    percents = [f"{100 * share:.2f}" for share in (accuracy["train"], accuracy["refit"], zeros.fraction)]
+    rows.append([name, *percents, *left, pixels, f"{seconds:.0f}"])
+widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+print()
+for row in [columns, ["-" * width for width in widths], *rows]:
+    print(row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:]), sep="  ")
+
+side = int(x_train.shape[1] ** 0.5)
+figure = plt.figure(figsize=(11, 3.4), layout="constrained")
+axes = figure.subplots(1, 4, width_ratios=[1, 1, 1, 1.6])
+for axis, (name, _, _, strength, _) in zip(axes, [results[1], results[2], results[3]], strict=False):
+    axis.imshow(strength.where(strength > 0, torch.nan).reshape(side, side), cmap="viridis")
+    axis.set(title=f"{name}\n{(strength > 0).sum()} of {len(strength)} pixels live", xticks=[], yticks=[])
+    axis.set_facecolor("lightgrey")
+for (name, accuracy, zeros, _, _), marker in zip(results, "osD^", strict=True):
+    axes[3].plot(100 * zeros.fraction, 100 * accuracy["refit"], marker, markersize=9, label=name)
+axes[3].set(title="sparsity and accuracy", xlabel="exact zeros (%)", ylabel=f"{score} accuracy, refitted (%)")
+axes[3].set(xlim=(-5, 105))
+axes[3].grid(alpha=0.3)
+axes[3].legend()
+picture = args.out / "mnist_mlp.png"
+figure.savefig(picture, dpi=150)
+print(f"\npicture: {picture}     dashboard: tensorboard --logdir {args.out}")
