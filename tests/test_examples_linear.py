@@ -18,11 +18,10 @@ MODELS = ["lasso", "ridge", "elastic net"]
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory):
-    # One thread: the arrays are small, and the tests beside this one want the other cores.
     result = subprocess.run(
         [sys.executable, "-W", "error", SCRIPT, "--strengths", *map(str, STRENGTHS)],
         cwd=tmp_path_factory.mktemp("linear"),
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
+        env={**os.environ, "PYTHONUTF8": "1"},
         capture_output=True,
         encoding="utf-8",
     )

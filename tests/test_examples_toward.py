@@ -23,8 +23,7 @@ class Row(NamedTuple):
 
 def run(folder, *flags, data=None):
     """What the script prints, and the rows of its table by name."""
-    # One thread: the tests beside this one want the other cores.
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "TORCHREG_DATA": data or ""}
+    env = {**os.environ, "PYTHONUTF8": "1", "TORCHREG_DATA": data or ""}
     command = [sys.executable, "-W", "error", SCRIPT, *flags]
     result = subprocess.run(command, cwd=folder, env=env, capture_output=True, encoding="utf-8")
     assert result.returncode == 0, result.stderr

@@ -556,3 +556,32 @@ def test_a_model_in_place_of_the_regularizer_is_refused():
     model = mlp()
     with pytest.raises(TypeError, match="Regularizer"):
         tr.freeze_zeros(model, SGD(model.parameters(), lr=0.1))
+
+
+def test_with_toward_it_is_the_unchanged_weights_that_are_kept():
+    layer = nn.Linear(3, 2)
+    pretrained = {"weight": layer.weight.detach().clone()}
+    with torch.no_grad():
+        layer.weight[0, 0] += 1.0
+        layer.weight[1, 1] = 0.0  # changed, and so no zero to keep
+    reg = tr.Regularizer(layer, tr.L1(0.1), toward=pretrained)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    with reg.disabled(), tr.freeze_zeros(reg, optimizer):
+        for _ in range(3):
+            optimizer.zero_grad()
+            layer(torch.ones(1, 3)).square().sum().backward()
+            optimizer.step()
+    same = layer.weight == pretrained["weight"]
+    assert same.tolist() == [[False, True, True], [True, False, True]]
+    assert layer.weight[1, 1] != 0
+
+
+def test_a_refit_that_is_over_takes_no_gradients():
+    layer = nn.Linear(3, 2)
+    nn.init.zeros_(layer.weight)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    handle = tr.freeze_zeros(tr.Regularizer(layer, tr.L1(0.1)), optimizer)
+    del optimizer
+    layer(torch.ones(1, 3)).sum().backward()
+    assert (layer.weight.grad == 1).all()
+    del handle

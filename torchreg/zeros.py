@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,20 +169,31 @@ def sparsity(
 class FrozenZeros:
     """The handle of `freeze_zeros`: `remove()` lets the zeros move again. Works as a `with` block too."""
 
-    def __init__(self, masks: list[tuple[Tensor, Tensor]], optimizer: Optimizer) -> None:
-        self._masks = masks
-        # Gradients too, so that clipping by norm measures the weights that live.
-        self._handles = [
-            parameter.register_post_accumulate_grad_hook(lambda p, zero=zero: _clear(p.grad, zero))
-            for parameter, zero in masks
-            if parameter.requires_grad
-        ]
-        self._handles.append(optimizer.register_step_post_hook(self._restore))
+    def __init__(self, kept: list[tuple[Tensor, Tensor, Tensor | None]], optimizer: Optimizer) -> None:
+        self._kept = kept  # (parameter, where it is kept, at what: None is 0)
+        self._optimizer = weakref.ref(optimizer)
+        self._handles: list[Any] = [optimizer.register_step_post_hook(self._restore)]
+        # Gradients too, so that clipping by norm measures the weights that live. The hook ends with the optimizer: a
+        # parameter must not lose gradients to a refit that is over.
+        frozen = weakref.ref(self)
+
+        def hook(parameter: Tensor, zero: Tensor) -> None:
+            handle = frozen()
+            if handle is not None and handle._optimizer() is not None:
+                _clear(parameter.grad, zero)
+
+        for parameter, zero, _ in kept:
+            if parameter.requires_grad:
+                clear = functools.partial(hook, zero=zero)
+                self._handles.append(parameter.register_post_accumulate_grad_hook(clear))
 
     @torch.no_grad()
     def _restore(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for parameter, zero in self._masks:
-            parameter.masked_fill_(zero, 0)
+        for parameter, zero, anchor in self._kept:
+            if anchor is None:
+                parameter.masked_fill_(zero, 0)
+            else:
+                parameter.copy_(torch.where(zero, anchor, parameter))
 
     def remove(self) -> None:
         """Lets the zeros move again."""
@@ -200,7 +213,8 @@ def freeze_zeros(regularizer: Regularizer, optimizer: Optimizer) -> FrozenZeros:
     """Keeps every weight that is exactly 0 now at 0, through momentum and decay: for a refit of what is left.
 
     Only the selected parameters of `regularizer` are kept; a bias that starts at zero trains on. The gradients and
-    the optimizer's state at the zeros are cleared, and each step ends with the zeros restored.
+    the optimizer's state at the zeros are cleared, and each step ends with the zeros restored. Where the regularizer
+    pulls toward w₀, it is the weights that are exactly w₀ that are kept. It ends with the optimizer.
 
     Args:
         regularizer: selects the parameters.
@@ -232,13 +246,16 @@ def freeze_zeros(regularizer: Regularizer, optimizer: Optimizer) -> FrozenZeros:
             f"{type(optimizer).__name__} does not hold the selected {', '.join(missing)}, whose zeros it would have to "
             "keep; give it these parameters, or exclude them from the regularizer"
         )
-    masks = [(parameter, parameter == 0) for _, parameter in parameters]
-    for parameter, zero in masks:
+    kept = []
+    for bound in regularizer._current():
+        parameter, anchor = bound.parameter(), bound.anchor
+        zero = parameter == (0 if anchor is None else anchor.to(parameter))
+        kept.append((parameter, zero, None if anchor is None else anchor.to(parameter)))
         for key, value in optimizer.state.get(parameter, {}).items():
             if key != "step" and isinstance(value, Tensor) and value.shape == zero.shape:
                 _clear(value, zero)
         _clear(parameter.grad, zero)
-    return FrozenZeros(masks, optimizer)
+    return FrozenZeros(kept, optimizer)
 
 
 def _weights(model: nn.Module | Regularizer, include: Selector | None, exclude: Selector | None) -> list[Selected]:
