@@ -8,7 +8,6 @@ import itertools
 import logging
 import pickle
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -26,15 +25,6 @@ STOCK: list[tuple[Any, dict[str, Any]]] = [
     (AdamW, {}),
 ]
 SWAP_INS: dict[Any, Any] = {SGD: tr.optim.ProxSGD, Adam: tr.optim.ProxAdam, AdamW: tr.optim.ProxAdamW}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """A few weights: waiting for other threads would be all of the fused kernels' time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True, repr=False)

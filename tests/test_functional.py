@@ -77,6 +77,12 @@ def test_a_new_tensor_of_the_same_dtype_with_positive_zeros(dtype):
 
 
 @cases.every_dtype
+def test_a_threshold_beyond_the_range_of_the_weights_dtype_makes_zeros(dtype):
+    w = torch.tensor([2.0, -100.0, 0.0]).to(dtype)
+    assert soft_threshold(w, 1e300).tolist() == [0, 0, 0]
+
+
+@cases.every_dtype
 def test_a_nan_stays_a_nan_where_it_is(dtype):
     w = torch.tensor([2.0, math.nan, -2.0, 0.0]).to(dtype)
     for threshold in (0.5, torch.tensor([0.5] * 4)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,15 +66,6 @@ class Problem:
         strength = ALPHA * ratio
         active = np.abs(gradient + strength * np.sign(w))
         return float(np.where(w != 0, active, np.maximum(np.abs(gradient) - strength, 0)).max())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Ten weights: waiting for other threads would be all of the fused kernels' time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -834,13 +834,16 @@ def assign_weights(model: MLP) -> None:
 
 @pytest.mark.parametrize("change", [replace_head, assign_weights])
 @pytest.mark.parametrize("hooked", [False, True])
-def test_what_the_error_advises_works_while_the_old_optimizer_is_alive(change, hooked):
+def test_after_a_change_a_new_regularizer_and_optimizer_work_while_the_old_ones_are_alive(change, hooked):
     model = mlp()
-    old = [tr.Regularizer(model, tr.L1(1.0))]
-    old.append(tr.optim.ProxSGD(model.parameters(), lr=0.1, regularizer=old[0]))
+    old_reg = tr.Regularizer(model, tr.L1(1.0))
+    old = tr.optim.ProxSGD(model.parameters(), lr=0.1, regularizer=old_reg)
     change(model)
     with pytest.raises(RuntimeError, match="optimizer"):
-        old[0]()
+        old_reg()
+    with pytest.raises(RuntimeError, match="optimizer"):
+        old.step()
+    old.attachment.remove()
     reg = tr.Regularizer(model, tr.L1(100.0))
     if hooked:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -851,8 +854,18 @@ def test_what_the_error_advises_works_while_the_old_optimizer_is_alive(change, h
     model(batch()[0]).sum().backward()
     optimizer.step()
     assert tr.sparsity(reg).fraction == 1
-    with pytest.raises(RuntimeError, match="optimizer"):
-        old[1].step()
+
+
+def test_an_optimizer_built_again_for_weights_that_were_assigned_takes_the_place_of_the_old():
+    model = mlp()
+    reg = tr.Regularizer(model, tr.L1(100.0))
+    optimizer = tr.optim.ProxSGD(model.parameters(), lr=0.1, regularizer=reg)
+    assign_weights(model)
+    optimizer = tr.optim.ProxSGD(model.parameters(), lr=0.1, regularizer=reg)
+    assert not reg().requires_grad
+    model(batch()[0]).sum().backward()
+    optimizer.step()
+    assert tr.sparsity(reg).fraction == 1
 
 
 @pytest.mark.parametrize("change", [replace_head, assign_weights])

@@ -27,6 +27,10 @@ class Net(nn.Module):
         self.head = nn.Linear(6, 2)
 
 
+def everything(name, module, parameter):
+    return True
+
+
 def names(model, *args, **kwargs):
     return [entry.name for entry in select(model, *args, **kwargs)]
 
@@ -128,6 +132,10 @@ SELECTORS = {
     "type of everything": (nn.Module, DEFAULT),
     "type and name": ((nn.Linear, "weight"), DEFAULT),
     "type and name of an excluded kind": ((nn.Linear, "bias"), ["fc1.bias", "head.bias"]),
+    "type and name of both kinds": (
+        (nn.Module, "weight"),
+        ["embed.weight", "fc1.weight", "norm.weight", "fc2.weight", "bn.weight", "head.weight"],
+    ),
     "type and name of the model": ((Net, "gain"), ["gain"]),
     "predicate": (
         lambda name, module, parameter: parameter.shape[0] == 6,
@@ -159,7 +167,7 @@ def test_selector(key):
 
 def test_a_glob_matches_the_whole_name_and_not_a_part_of_it():
     model = nn.Sequential(nn.Linear(2, 2))
-    for part in ("weight", "0", "0.w", "re:weight"):
+    for part in ("weight", "0", "0.w", "re:weight", "re:0"):
         with pytest.raises(ValueError, match="matches no parameter"):
             select(model, part)
 
@@ -187,7 +195,7 @@ def test_a_frozen_parameter_is_passed_over_by_a_glob_and_taken_by_name():
 
 def test_names_and_order_are_those_of_the_model():
     for model in [Net(), nn.Sequential(Net(), Net()), nn.LSTM(3, 4, 2), nn.TransformerEncoderLayer(8, 2, 8)]:
-        assert names(model, lambda name, module, parameter: True) == [name for name, _ in model.named_parameters()]
+        assert names(model, everything) == [name for name, _ in model.named_parameters()]
 
 
 def test_a_selected_parameter_is_read_through_its_module():
@@ -202,6 +210,15 @@ def test_a_selected_parameter_is_read_through_its_module():
         RuntimeError, match=r"^fc1\.weight is no longer a tensor of its Linear; build the Regularizer aga"
     ):
         _ = entry.parameter
+
+
+def test_a_weight_that_is_parametrized_later_is_read_as_it_is_computed():
+    model = Net()
+    [entry] = select(model, "fc1.weight")
+    assert not entry.computed
+    parametrizations.orthogonal(model.fc1)
+    assert entry.computed
+    assert torch.equal(entry.parameter, model.fc1.weight)
 
 
 # ---------------------------------------------------------------------- tied weights
@@ -235,7 +252,7 @@ def test_a_weight_tied_to_an_embedding_is_an_embedding():
     model.embed.weight = model.head.weight
     assert names(model) == ["fc.weight"]
     assert names(model, "head.weight") == ["head.weight"]
-    assert names(model, (nn.Embedding, "weight")) == ["head.weight"]
+    assert names(model, nn.Embedding) == names(model, (nn.Embedding, "weight")) == ["head.weight"]
 
 
 def test_a_module_in_two_places_has_its_parameters_once():
@@ -291,7 +308,7 @@ def test_a_wrapper_leaves_no_trace_in_the_names(wrap):
     wrapped = wrap(model)
     assert names(wrapped) == DEFAULT
     assert names(wrapped, "fc1.*") == ["fc1.weight"]
-    assert names(wrapped, lambda name, module, parameter: True) == [name for name, _ in model.named_parameters()]
+    assert names(wrapped, everything) == [name for name, _ in model.named_parameters()]
     assert names(nn.Sequential(wrapped)) == [f"0.{name}" for name in DEFAULT]
 
 
@@ -441,7 +458,8 @@ def test_an_integer_parameter_is_passed_over_by_a_glob_and_refused_by_name():
     model = nn.Sequential(nn.Linear(2, 2))
     model[0].codes = nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
     assert names(model, "0.*") == ["0.weight"]
-    for selector in ["0.codes", "*.codes", model[0].codes, (nn.Linear, "codes"), ["0.weight", "0.codes"]]:
+    assert names(model, "0.[bc]*") == ["0.bias"]
+    for selector in ["0.codes", "*.codes", model[0].codes, (nn.Linear, "codes"), ["0.weight", "0.codes"], everything]:
         refusal = r"^0\.codes has the integer type torch\.int8, which has no gradient; leave it out of the selection$"
         with pytest.raises(TypeError, match=refusal):
             select(model, selector)

@@ -8,7 +8,7 @@ import io
 import itertools
 import pickle
 import pydoc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -58,15 +58,6 @@ ALL_SETTINGS = [(*PAIRS[0], settings) for settings in SGD_SETTINGS]
 ALL_SETTINGS += [(*pair, settings) for pair in PAIRS[1:] for settings in ADAM_SETTINGS]
 SETTING_IDS = [f"{stock.__name__}({settings})" for stock, _, settings in ALL_SETTINGS]
 MOMENTUM = [(*PAIRS[0], {"momentum": 0.9}), (*PAIRS[1], {}), (*PAIRS[2], {})]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """A few weights: waiting for other threads would be all of the fused kernels' time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True, repr=False)
@@ -585,6 +576,18 @@ def test_param_groups_and_state_hold_the_stock_entries_and_plain_values(
         assert set(state) - set(theirs["state"][i]) <= {"unit_momentum"}
         assert set(theirs["state"][i]) <= set(state)
         assert all(isinstance(value, Tensor | float) for value in state.values())
+
+
+@pytest.mark.parametrize(("stock", "swap_in", "settings"), MOMENTUM)
+def test_a_parameter_that_never_had_a_gradient_has_no_state_as_in_the_stock_class(
+    stock: type[Optimizer], swap_in: Any, settings: dict[str, Any]
+) -> None:
+    model = nn.ModuleList([one_weight(1.0), one_weight(1.0)])
+    optimizer = build(swap_in, model, tr.Regularizer(model, tr.L1(0.1)), **settings)
+    for _ in range(2):
+        model[0].weight.grad = torch.ones_like(model[0].weight)
+        optimizer.step()
+    assert list(optimizer.state_dict()["state"]) == [0]
 
 
 # ---------------------------------------------------------------------- mixed precision and accumulation

@@ -8,6 +8,7 @@ learning rate, the momentum or the preconditioner.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -42,7 +43,7 @@ class SGDStep:
         momentum = _number(group["momentum"])
         if momentum == 0:
             return
-        state = optimizer.state[parameter]
+        state = optimizer.state.get(parameter, {})
         if state.get("momentum_buffer") is not None and self.KEY not in state and momentum < 1:
             state[self.KEY] = (1 - group["dampening"]) / (1 - momentum)
 
@@ -60,7 +61,8 @@ class SGDStep:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
             # A fused optimizer skips a step without telling the host: neither does its momentum build up.
-            new = torch.where(found_inf.reshape(()) > 0, 0.0 if old is None else old, new)
+            found, kept = _number(found_inf.reshape(())), 0.0 if old is None else old
+            new = torch.where(found > 0, kept, new) if isinstance(found, Tensor) else kept if found else new
         state[self.KEY] = new
         return lr * (1 + momentum * new) if group["nesterov"] else lr * new
 
@@ -76,9 +78,10 @@ class AdamStep:
         square = checks.widened(state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"])
         lr, beta2 = _number(group["lr"]), _number(group["betas"][1])
         count = _number(state["step"])
-        if isinstance(count, float) and count == 0:
-            return 0.0  # the first step was skipped: nothing has moved
-        correction = (1 - beta2**count) ** 0.5
+        if isinstance(count, Tensor):  # on the device; 1 − β₂ᵗ in float32 would cancel
+            correction: Any = (-torch.expm1(count * math.log(beta2))).sqrt()
+        else:
+            correction = math.sqrt(1 - beta2**count) or 1.0  # no step yet: the first one was skipped
         if square.requires_grad:  # a differentiable step
             return lr / (square.sqrt() / correction + group["eps"])
         # In place: most of the cost of a step is the page faults of fresh memory. And a CPU's sqrt is ten times slower
@@ -102,8 +105,9 @@ def learning_rate(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor
     return _number(group["lr"])
 
 
-STEP_SIZES: dict[type[Optimizer], StepSize] = {SGD: sgd_step, Adam: adam_step, AdamW: adam_step}
-"""By exact class: a subclass may step otherwise."""
+STOCK: dict[type[Optimizer], StepSize] = {SGD: sgd_step, Adam: adam_step, AdamW: adam_step}
+STEP_SIZES = dict(STOCK)
+"""By exact class, the swap-ins too: a subclass may step otherwise."""
 
 
 def step_size_of(optimizer: Optimizer) -> StepSize:
@@ -117,7 +121,7 @@ def step_size_of(optimizer: Optimizer) -> StepSize:
     except KeyError:
         raise ValueError(
             f"{type(optimizer).__name__} has no known unit response, so no prox step gives the penalty its own "
-            f"solution; use one of {', '.join(kind.__name__ for kind in STEP_SIZES)}, add reg() to the loss, or pass "
+            f"solution; use one of {', '.join(kind.__name__ for kind in STOCK)}, add reg() to the loss, or pass "
             "step_size=fn(optimizer, group, parameter)"
         ) from None
 

@@ -30,6 +30,7 @@ class Proximal(Optimizer):
         if stock is None:  # a subclass of a swap-in
             return
         cls._stock = stock
+        STEP_SIZES[cls] = STEP_SIZES[stock]
         # help() and IDEs show the arguments of the stock class, whatever its version has.
         signature = inspect.signature(stock)
         own = [inspect.signature(Proximal.__init__).parameters[name] for name in ("regularizer", "partial")]
