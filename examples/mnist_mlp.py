@@ -94,9 +94,9 @@ for name, penalty in runs.items():
     # so the loop below is the same for all runs.
     criterion = tr.RegularizedLoss(nn.CrossEntropyLoss(), reg)
     if name.startswith("prox"):
-        optimizer = tr.optim.ProxAdam(model.parameters(), lr=args.lr, regularizer=reg)
+        optimizer = tr.optim.ProxAdam(model.parameters(), lr=args.lr, fused=True, regularizer=reg)
     else:
-        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
 
     logdir = args.out / name.replace(" ", "_")
     for stale in logdir.glob("events.out.tfevents.*"):
@@ -106,7 +106,7 @@ for name, penalty in runs.items():
     for phase, epochs in (("train", args.epochs), ("refit", args.refit_epochs)):
         if phase == "refit":
             reg.disable()
-            optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+            optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
             tr.freeze_zeros(reg, optimizer)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * batches))
         accuracy[phase], zeros = measure(model), tr.sparsity(model)

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 import torchreg as tr
-from tests.models import MLP, Lazy, array, attachments_of, batch, l1, mlp, same, snapshot
+from tests.models import MLP, Halved, Lazy, array, attachments_of, batch, l1, mlp, same, snapshot
 
 L1 = 0.3
 
@@ -129,6 +130,19 @@ def test_strengths_anchor_scale_and_switch_are_copied_and_then_independent(make)
     assert other["fc1.weight"].strength == 0.5
 
 
+@every_copy
+def test_a_strength_changed_on_both_sides_is_read_on_each(make):
+    model = mlp()
+    reg = tr.Regularizer(model, tr.L1(1.0))
+    reg["l1"].strength = 2.0
+    value = reg().item()
+    _, other = make((model, reg))
+    assert other().item() == value
+    other["l1"].strength = 4.0
+    assert other().item() == pytest.approx(2 * value)
+    assert reg().item() == value
+
+
 def scale_2(name: str, parameter: torch.Tensor) -> float:
     return 2.0
 
@@ -221,6 +235,17 @@ def test_a_copy_of_a_model_that_was_wrapped_since_is_followed():
     assert own().item() == 30
 
 
+def test_a_copy_of_a_model_that_was_parametrized_since_is_followed():
+    model = mlp()
+    reg = tr.Regularizer(model, {"fc1.weight": tr.L1(1.0)})
+    parametrize.register_parametrization(model.fc1, "weight", Halved())
+    other, own = copy.deepcopy((model, reg))
+    with torch.no_grad():
+        other.fc1.parametrizations.weight.original.fill_(4.0)
+    assert own().item() == 60
+    assert reg().item() == pytest.approx(l1(model.fc1.weight), rel=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:Lazy modules")
 @every_copy
 def test_a_copy_made_before_a_lazy_module_knows_its_shape(make):
@@ -258,8 +283,8 @@ def test_a_deepcopy_of_all_three_trains_on_exactly_as_the_original(build, order,
 def test_a_pickle_of_all_three_trains_on_exactly_as_the_original(build, order, with_reg):
     own = trainer(build)
     other = copied(own, pickled, order)
-    assert not other.reg().requires_grad
     assert same(train(other, with_reg=with_reg), train(own, with_reg=with_reg))
+    assert not other.reg().requires_grad
 
 
 @every_optimizer

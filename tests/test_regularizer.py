@@ -306,6 +306,7 @@ def test_toward_takes_the_state_dict_of_an_averaged_model():
 
 def test_toward_takes_a_model_whose_own_child_is_called_module():
     model = nn.ModuleDict({"module": nn.Linear(3, 2), "head": nn.Linear(2, 2)})
+    model.weight = nn.Parameter(torch.ones(2, 2))  # what the child's would be without its prefix
     assert tr.Regularizer(model, tr.L1(0.1), toward=model.state_dict())().item() == 0
 
 

@@ -16,7 +16,10 @@ def nonnegative(name: str, value: object, next_move: str) -> float:
     """`value` as a float if it is a finite number ≥ 0, else an error that ends with `next_move`."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}, not a number; {next_move}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond the largest float
+        number = math.inf
     if not math.isfinite(number) or number < 0:
         raise ValueError(f"{name}={value!r} must be finite and at least 0; {next_move}")
     return number
@@ -43,8 +46,12 @@ def step(value: object, shape: torch.Size) -> Step:
             f"step of shape {tuple(value.shape)} does not broadcast to weights of shape {tuple(shape)}; "
             "pass a number, or one step per weight"
         )
-    if value.device.type != "meta" and not bool(((value >= 0) & value.isfinite()).all()):
-        raise ValueError("step has negative, infinite or NaN entries; every entry must be finite and at least 0")
+    fine = (value >= 0) & value.isfinite()
+    if not value.is_meta and not bool(fine.all()):
+        raise ValueError(
+            f"step has the entry {value[~fine][0].item()}; every entry must be finite and at least 0: "
+            "pass the learning rate, or a tensor of steps"
+        )
     return widened(value)
 
 

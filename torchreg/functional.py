@@ -31,5 +31,6 @@ def soft_threshold(w: Tensor, threshold: Step) -> Tensor:
         return w * (kept / torch.where(modulus > 0, modulus, 1)) + 0.0
     if isinstance(threshold, Tensor):
         return w - torch.clamp(w, -threshold, threshold)
+    threshold = min(threshold, torch.finfo(w.dtype).max)  # clamp refuses a number beyond the range of w
     # w − clamp(w) leaves +0.0, where softshrink leaves −0.0 in its scalar tail.
     return w - w.clamp(-threshold, threshold)

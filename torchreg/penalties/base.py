@@ -74,7 +74,8 @@ class Penalty(ABC):
 
     def prox_(self, w: Tensor, step: Step) -> Tensor:
         """`prox` in place, for a training step: a tensor `step` is not looked at, so nothing synchronizes."""
-        wide = checks.widened(w)
+        wide = checks.widened(checks.weights(type(self).__name__, w))
+        step = checks.widened(step) if isinstance(step, Tensor) else checks.step(step, w.shape)
         if torch.is_grad_enabled():
             wide = wide.clone()  # a differentiable step keeps the old weights for its backward
         return w.copy_(self._prox(wide, step))
