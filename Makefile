@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test test-slow test-versions bench lint
+.PHONY: demo test test-slow lint
 
 demo: .venv/.examples
 	$(PY) examples/mnist_mlp.py

@@ -137,7 +137,6 @@ def test_a_strength_changed_on_both_sides_is_read_on_each(make):
     reg["l1"].strength = 2.0
     value = reg().item()
     _, other = make((model, reg))
-    assert other().item() == value
     other["l1"].strength = 4.0
     assert other().item() == pytest.approx(2 * value)
     assert reg().item() == value
@@ -504,19 +503,40 @@ def test_a_model_copied_with_a_swap_in_and_no_regularizer_trains_on_exactly_as_t
     assert same(train(other, with_reg=False), train(own, with_reg=False))
 
 
+@every_copy
+def test_a_copied_swap_in_that_is_attached_anew_has_one_prox_and_the_new_strength(make):
+    model = mlp()
+    optimizer = tr.optim.ProxSGD(model.parameters(), lr=0.1, regularizer=tr.Regularizer(model, tr.L1(1.0)))
+    model, optimizer = make((model, optimizer))
+    reg = tr.Regularizer(model, tr.L1(2.0))
+    tr.optim.attach(optimizer, reg)
+    assert not reg().requires_grad
+    w = array(model.fc1.weight)
+    model.fc1.weight.grad = torch.zeros(5, 6)
+    optimizer.step()
+    np.testing.assert_allclose(array(model.fc1.weight), np.sign(w) * np.maximum(np.abs(w) - 0.2, 0), atol=1e-7)
+    reg.disable()
+    before = snapshot(model)
+    optimizer.step()
+    assert same(before, snapshot(model))
+
+
 @every_hooked
 @every_copy
 def test_a_copy_of_a_stock_optimizer_alone_has_no_prox(build, make):
     own = trainer(build)
     other = make(own.optimizer)
     assert type(other) is type(own.optimizer)
-    parameters = [parameter for group in other.param_groups for parameter in group["params"]]
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    with torch.no_grad():
-        parameters[0].fill_(1e-9)  # any prox would make it zero
-    other.step()
-    assert (parameters[0] != 0).any()
+    plain = type(other)([w.clone() for w in snapshot(own.model).values()], lr=9.0)
+    plain.load_state_dict(copy.deepcopy(own.optimizer.state_dict()))
+    held = [optimizer.param_groups[0]["params"] for optimizer in (other, plain)]
+    for _ in range(2):
+        for optimizer, parameters in zip((other, plain), held, strict=True):
+            for p in parameters:
+                p.grad = torch.full_like(p, 1e-3)
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(*held, strict=True))
+    assert not own.reg().requires_grad, "the original is attached as before"
 
 
 @every_swap_in

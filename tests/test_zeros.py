@@ -499,6 +499,34 @@ def test_the_zeros_move_again_once_it_has_ended(end):
     assert (model.fc1.weight.grad[zero["fc1.weight"]] != 0).any()
 
 
+@pytest.mark.parametrize("keep_handle", [False, True])
+def test_it_ends_with_its_optimizer(keep_handle):
+    model, optimizer, reg, zero = warmed(OPTIMIZERS["momentum"])
+    handle = tr.freeze_zeros(reg, optimizer)
+    if not keep_handle:
+        del handle
+    del optimizer
+    for _ in steps(model, SGD(model.parameters(), lr=0.1), 1):
+        assert (model.fc1.weight.grad[zero["fc1.weight"]] != 0).any()
+    assert zeros_moved(model, zero) > 20
+
+
+@every_optimizer
+def test_toward_an_anchor_what_is_at_the_anchor_is_kept_and_zeros_move(make):
+    model, optimizer, _, zero = warmed(make)
+    anchor = snapshot(model)
+    with torch.no_grad():
+        model.fc1.weight[1:3] += 0.1
+        anchor["fc2.weight"] += 1
+    reg = tr.Regularizer(model, tr.L1(0.1), toward=anchor)
+    tr.freeze_zeros(reg, optimizer)
+    for _ in steps(model, optimizer, 5):
+        assert torch.equal(model.fc1.weight[3:], anchor["fc1.weight"][3:])
+        assert torch.equal(model.fc1.weight[:1], anchor["fc1.weight"][:1])
+    assert (model.fc1.weight[1:3] != anchor["fc1.weight"][1:3]).all()
+    assert (model.fc2.weight[zero["fc2.weight"]] != 0).any()
+
+
 def test_only_selected_parameters_are_kept():
     model, optimizer, _, zero = warmed(OPTIMIZERS["momentum"])
     tr.freeze_zeros(tr.Regularizer(model, {"fc1.weight": tr.L1(0.1)}), optimizer)

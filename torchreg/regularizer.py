@@ -101,6 +101,10 @@ class Regularizer:
         scale: Scale | None = None,
         toward: Mapping[str, Tensor] | None = None,
     ) -> None:
+        if scale is not None and not callable(scale):
+            raise TypeError(
+                f"scale={scale!r} cannot be called; pass scale=lambda name, w: factor, or change the strength"
+            )
         inventory = Inventory(model)
         rules = _as_rules(penalty, include, inventory)
         excluded = [] if exclude is None else inventory.resolve(exclude)
@@ -238,6 +242,8 @@ class Regularizer:
             ValueError: the state is of other terms, or a number in it is not finite and ≥ 0.
         """
         own = self.state_dict()
+        if not (isinstance(state, Mapping) and all(isinstance(values, Mapping) for values in state.values())):
+            raise TypeError(f"{state!r} is no state of a regularizer; load what state_dict() gave")
         if {key: set(values) for key, values in state.items()} != {key: set(values) for key, values in own.items()}:
             raise ValueError(f"the state is of other terms: it has {_outline(state)}, this regularizer {_outline(own)}")
         for key, values in state.items():

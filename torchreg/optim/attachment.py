@@ -41,12 +41,13 @@ class Prox(ABC):
 
     def apply(self, optimizer: Optimizer) -> None:
         """Just after the optimizer's update."""
+        builds_up = hasattr(self.step_size, "before")  # as momentum does, also while λ is 0
         for group, parameter, penalty in self._carried(optimizer):
-            if parameter.grad is None:
+            idle = penalty is None or penalty.is_zero
+            if parameter.grad is None or (idle and not builds_up):
                 continue
-            # Asked for even where λ is 0: the build-up of momentum goes on while λ waits.
             step = self.step_size(optimizer, group, parameter)
-            if penalty is None or penalty.is_zero or (not isinstance(step, Tensor) and step == 0):
+            if penalty is None or idle or (not isinstance(step, Tensor) and step == 0):
                 continue
             found_inf = getattr(optimizer, "found_inf", None)
             if found_inf is not None:
@@ -73,6 +74,11 @@ class Frozen(Prox):
 
     def penalties(self, optimizer: Optimizer) -> Mapping[int, Penalty | None]:
         return self._penalties
+
+    def release(self, held: Mapping[int, Bound]) -> None:
+        """Gives up the parameters that a regularizer takes over."""
+        self.pairs = [pair for pair in self.pairs if id(pair[0]) not in held]
+        self._penalties = {id(parameter): penalty for parameter, penalty in self.pairs}
 
 
 class Attachment(Prox):
@@ -109,6 +115,9 @@ class Attachment(Prox):
         _alive.add(self)
         regularizer._attach(self)
         if self._hooked:
+            frozen = getattr(optimizer, "attachment", None)
+            if isinstance(frozen, Frozen):
+                frozen.release(self._held)
             self._hook(optimizer)
         else:
             optimizer.attachment = self  # type: ignore[attr-defined]

@@ -20,10 +20,11 @@ from torchreg.checks import Step
 
 
 class StepSize(Protocol):
-    """The prox step of one parameter, asked for once after every real step in which it had a gradient.
+    """The prox step of one parameter, asked for once after every real step in which it had a gradient and a penalty.
 
-    An object with a method `before(optimizer, group, parameter)` is told of each parameter just before the step,
-    while the optimizer's state is still the old one; with `forget(optimizer, parameter)`, of the prox's removal.
+    An object with a method `before(optimizer, group, parameter)` is told of each parameter just before the step, while
+    the optimizer's state is still the old one, and is asked after it even where the strength is 0; one with
+    `forget(optimizer, parameter)` is told of the prox's removal.
     """
 
     def __call__(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step: ...
