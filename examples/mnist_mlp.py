@@ -30,14 +30,14 @@ from tqdm import tqdm
 import torchreg as tr
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--epochs", type=int, default=16, help="epochs of regularized training (default: %(default)s)")
+parser.add_argument("--epochs", type=int, default=12, help="epochs of regularized training (default: %(default)s)")
 parser.add_argument(
-    "--refit-epochs", type=int, default=8, help="epochs of the refit, 0 for none (default: %(default)s)"
+    "--refit-epochs", type=int, default=6, help="epochs of the refit, 0 for none (default: %(default)s)"
 )
-parser.add_argument("--warmup-epochs", type=float, default=4, help="λ rises over these (default: %(default)s)")
-parser.add_argument("--l1", type=float, default=4e-4, help="λ of L1, λ₁ of the elastic net (default: %(default)s)")
+parser.add_argument("--warmup-epochs", type=float, default=3, help="λ rises over these (default: %(default)s)")
+parser.add_argument("--l1", type=float, default=3e-4, help="λ of L1, λ₁ of the elastic net (default: %(default)s)")
 parser.add_argument("--l2", type=float, default=1e-5, help="λ₂ of the elastic net (default: %(default)s)")
-parser.add_argument("--lr", type=float, default=1e-3, help="learning rate, to 0 by a cosine (default: %(default)s)")
+parser.add_argument("--lr", type=float, default=2e-3, help="learning rate, to 0 by a cosine (default: %(default)s)")
 parser.add_argument("--batch-size", type=int, default=128, help="(default: %(default)s)")
 parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
 parser.add_argument("--data", help="folder of MNIST (default: TORCHREG_DATA, else ~/.cache/torchreg)")

@@ -570,3 +570,14 @@ def test_hooks_of_removed_attachments_are_gone() -> None:
         tr.optim.attach(optimizer, tr.Regularizer(model, tr.L1(0.5))).remove()
     assert not optimizer._optimizer_step_post_hooks
     assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_a_group_whose_parameters_were_exchanged_is_seen() -> None:
+    model = two_layers()
+    reg = tr.Regularizer(model, tr.L1(0.5))
+    optimizer = tr.optim.ProxAdam(model.parameters(), lr=0.1, regularizer=reg)
+    optimizer.param_groups[0]["params"] = [model[0].weight, model[0].weight.detach().clone().requires_grad_()]
+    before = [part.weight.item() for part in model]
+    with pytest.raises(RuntimeError, match=r"1\.weight"):
+        step_on(optimizer, model, 1.0)
+    assert [part.weight.item() for part in model] == before, "refused before anything moved"

@@ -32,8 +32,8 @@ def test_the_rules_are_explained(capsys):
 def test_the_three_ways_give_the_same_objective():
     model = nn.Linear(3, 2)
     x, y = torch.rand(4, 3), torch.randint(0, 2, (4,))
-    criterion, reg = nn.CrossEntropyLoss(), tr.Regularizer(model, tr.L1(0.1))
-    names = {"tr": tr, "nn": nn, "model": model, "criterion": criterion, "reg": reg, "x": x, "y": y}
+    reg = tr.Regularizer(model, tr.L1(0.1))
+    names = {"tr": tr, "nn": nn, "model": model, "reg": reg, "x": x, "y": y}
     added, wrapped, swapped, attached = BLOCKS[1].strip().splitlines()
     exec(added, names)
     exec(wrapped, names)

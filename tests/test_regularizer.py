@@ -974,3 +974,35 @@ def test_an_anchor_of_another_shape_than_a_lazy_module_gets_is_an_error():
     model(batch()[0])
     with pytest.raises(ValueError, match=r"fc2\.weight in shape \(9, 9\)"):
         reg()
+
+
+# ---------------------------------------------------------------------- slips, and ties that change
+
+
+def test_a_strength_set_on_the_regularizer_itself_is_refused():
+    reg = tr.Regularizer(mlp(), tr.L1(0.1))
+    for name in ("strength", "factor"):
+        with pytest.raises(AttributeError, match=rf"reg\['l1'\]\.{name}"):
+            setattr(reg, name, 1.0)
+    assert "l1" in reg
+    assert list(reg) == ["l1"]
+    assert "L1(strength=0.1)  # λΣ|w|" in repr(reg)
+
+
+def test_tensors_tied_after_the_build_are_refused_before_they_count_twice():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    reg = tr.Regularizer(model, tr.L1(1.0))
+    model[1].weight = model[0].weight
+    with pytest.raises(RuntimeError, match=r"1\.weight was tied to 0\.weight"):
+        reg()
+
+
+def test_a_tie_that_comes_apart_is_refused_until_it_is_tied_again():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    reg = tr.Regularizer(model, tr.L1(1.0))
+    model.load_state_dict({name: w.clone() for name, w in model.state_dict().items()}, assign=True)
+    with pytest.raises(RuntimeError, match=r"0\.weight is no longer tied to 1\.weight"):
+        reg()
+    model[1].weight = model[0].weight
+    assert reg().item() == pytest.approx(l1(model[0].weight), rel=1e-6)

@@ -613,3 +613,25 @@ def test_a_refit_that_is_over_takes_no_gradients():
     layer(torch.ones(1, 3)).sum().backward()
     assert (layer.weight.grad == 1).all()
     del handle
+
+
+def test_a_pruned_weight_counts_its_masked_entries_as_zeros():
+    layer = nn.Linear(4, 3)
+    prune.l1_unstructured(layer, "weight", 0.5)
+    assert tr.sparsity(layer).zeros == 6
+
+
+def test_ended_refits_leave_no_hooks_behind():
+    layer = nn.Linear(3, 2)
+    reg = tr.Regularizer(layer, tr.L1(0.1))
+    for _ in range(3):
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        tr.freeze_zeros(reg, optimizer)
+    del optimizer
+    assert not layer.weight._post_accumulate_grad_hooks
+
+
+def test_what_is_no_optimizer_is_refused():
+    layer = nn.Linear(3, 2)
+    with pytest.raises(TypeError, match=r"expected a torch\.optim\.Optimizer, got Linear"):
+        tr.freeze_zeros(tr.Regularizer(layer, tr.L1(0.1)), layer)

@@ -30,7 +30,11 @@ def soft_threshold(w: Tensor, threshold: Step) -> Tensor:
         # A zero has no phase: divide by 1 there, so that 0/0 never arises. Adding 0.0 turns -0.0 into 0.0.
         return w * (kept / torch.where(modulus > 0, modulus, 1)) + 0.0
     if isinstance(threshold, Tensor):
-        return w - torch.clamp(w, -threshold, threshold)
+        low = -threshold
+        if torch.is_grad_enabled() or low.shape != w.shape or low.dtype != w.dtype:
+            return w - torch.clamp(w, low, threshold)
+        # In one buffer: a CPU pays for fresh memory in page faults, more than for the arithmetic.
+        return torch.sub(w, torch.clamp(w, low, threshold, out=low), out=low)
     threshold = min(threshold, torch.finfo(w.dtype).max)  # clamp refuses a number beyond the range of w
     # w − clamp(w) leaves +0.0, where softshrink leaves −0.0 in its scalar tail.
     return w - w.clamp(-threshold, threshold)

@@ -13,7 +13,11 @@ from torchreg.regularizer import Regularizer
 
 
 class LastLoss:
-    """The parts of the last loss, read as numbers. Reading one waits for the device; keeping it costs nothing."""
+    """The parts of the last loss, read as numbers. Reading one waits for the device; keeping it costs nothing.
+
+    >>> LastLoss(torch.tensor(2.0), {"l1": torch.tensor(0.25), "l2": torch.tensor(0.5)}).penalty
+    0.75
+    """
 
     def __init__(self, data: Tensor, by_term: Mapping[str, Tensor]) -> None:
         self._data = data
@@ -31,7 +35,7 @@ class LastLoss:
 
     @property
     def by_term(self) -> dict[str, float]:
-        """The penalty of each term, by its key; empty where none was added."""
+        """The penalty of each term, by its key; empty in evaluation."""
         return {key: float(value) for key, value in self._by_term.items()}
 
     def __repr__(self) -> str:

@@ -218,6 +218,20 @@ class Regularizer:
 
     # ------------------------------------------------------------------ strengths
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        terms = self.__dict__.get("_terms", {})
+        if name == "factor" or any(name in term.base.strengths for term in terms.values()):
+            raise AttributeError(
+                f"{name} belongs to a term: reg[{next(iter(terms))!r}].{name} = ...; the terms are {list(terms)}"
+            )
+        super().__setattr__(name, value)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.terms)
+
+    def __repr__(self) -> str:
+        return f"Regularizer({type(self.model).__name__}, {[term.penalty for term in self.terms.values()]})"
+
     def __getitem__(self, term: str) -> Term:
         """The term of that key: `reg["l1"].strength = 1e-3`."""
         self._settle()
@@ -243,7 +257,8 @@ class Regularizer:
         """
         own = self.state_dict()
         if not (isinstance(state, Mapping) and all(isinstance(values, Mapping) for values in state.values())):
-            raise TypeError(f"{state!r} is no state of a regularizer; load what state_dict() gave")
+            what = f"a dict with {list(state)[:3]} ..." if isinstance(state, Mapping) else type(state).__name__
+            raise TypeError(f"expected the state of a regularizer, got {what}; load what reg.state_dict() gave")
         if {key: set(values) for key, values in state.items()} != {key: set(values) for key, values in own.items()}:
             raise ValueError(f"the state is of other terms: it has {_outline(state)}, this regularizer {_outline(own)}")
         for key, values in state.items():
@@ -407,6 +422,7 @@ class Regularizer:
             self._bind(Inventory(self._model))
         if any(modules.get(key) is not child for modules, key, child in self._edges):
             self._follow()
+        self._check_ties()
         if materialized and self._plan is not None:
             for bound in self._bounds:
                 if is_lazy(bound.parameter()):
@@ -427,6 +443,26 @@ class Regularizer:
                     "the model; build a new Regularizer (and optimizer) for the model as it is now"
                 )
         self._edges = _edges(self._model)
+
+    def _check_ties(self) -> None:
+        """Raises where tensors were tied, or came apart, since the names were resolved."""
+        first: dict[int, str] = {}
+        for bound in self._bounds:
+            entry = bound.selected
+            parameter = entry.owner._parameters.get(entry.attribute)
+            if parameter is None:  # computed by a parametrization
+                continue
+            if first.setdefault(id(parameter), entry.name) != entry.name:
+                raise RuntimeError(
+                    f"{entry.name} was tied to {first[id(parameter)]} after the Regularizer was built, and would count "
+                    "twice; build the Regularizer after tying"
+                )
+            for name, owner in entry.ties:
+                if owner._parameters.get(name.rpartition(".")[2]) is not parameter:
+                    raise RuntimeError(
+                        f"{entry.name} is no longer tied to {name} (load_state_dict(assign=True) and to_empty untie); "
+                        "tie them again, or build a new Regularizer"
+                    )
 
     # ------------------------------------------------------------------ routes
 

@@ -29,6 +29,7 @@ _NORMS: tuple[type[nn.Module], ...] = (
     nn.RMSNorm,
 )
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_EMBEDDED = re.compile(r"(^|_)(embed\w*|token)$")  # pos_embedding, cls_token: embeddings without a module of their own
 _BIAS = re.compile(r"(^|_)bias(_|\d|$)")
 # Attributes under which wrappers keep the model that they wrap: no part of a parameter's name.
 WRAPPED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -128,7 +129,7 @@ def kind_of(entry: Selected) -> str:
     owners = [owner for _, owner in entry.places]
     if not (parameter.is_floating_point() or parameter.is_complex()):
         return "integer type"
-    if any(isinstance(owner, _EMBEDDINGS) for owner in owners):
+    if any(isinstance(owner, _EMBEDDINGS) for owner in owners) or _EMBEDDED.search(entry.attribute):
         return "embedding"
     if any(isinstance(owner, _NORMS) for owner in owners):
         return "norm layer"

@@ -171,21 +171,15 @@ class FrozenZeros:
 
     def __init__(self, kept: list[tuple[Tensor, Tensor, Tensor | None]], optimizer: Optimizer) -> None:
         self._kept = kept  # (parameter, where it is kept, at what: None is 0)
-        self._optimizer = weakref.ref(optimizer)
-        self._handles: list[Any] = [optimizer.register_step_post_hook(self._restore)]
-        # Gradients too, so that clipping by norm measures the weights that live. The hook ends with the optimizer: a
-        # parameter must not lose gradients to a refit that is over.
-        frozen = weakref.ref(self)
-
-        def hook(parameter: Tensor, zero: Tensor) -> None:
-            handle = frozen()
-            if handle is not None and handle._optimizer() is not None:
-                _clear(parameter.grad, zero)
-
+        handles: list[Any] = [optimizer.register_step_post_hook(self._restore)]
+        # Gradients too, so that clipping by norm measures the weights that live.
         for parameter, zero, _ in kept:
             if parameter.requires_grad:
-                clear = functools.partial(hook, zero=zero)
-                self._handles.append(parameter.register_post_accumulate_grad_hook(clear))
+                clear = functools.partial(_clear_gradient, zero=zero)
+                handles.append(parameter.register_post_accumulate_grad_hook(clear))
+        # It ends with the optimizer too: a parameter must not lose gradients to a refit that is over.
+        self._end = weakref.finalize(optimizer, _remove, handles)
+        self._end.atexit = False
 
     @torch.no_grad()
     def _restore(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -197,9 +191,7 @@ class FrozenZeros:
 
     def remove(self) -> None:
         """Lets the zeros move again."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._end()
 
     def __enter__(self) -> FrozenZeros:
         return self
@@ -222,7 +214,10 @@ def freeze_zeros(regularizer: Regularizer, optimizer: Optimizer) -> FrozenZeros:
     Returns:
         A handle: `remove()`, or a `with` block, ends it.
     Raises:
+        TypeError: what is given is no regularizer or no optimizer.
         ValueError: the optimizer lacks a selected parameter; nothing has changed.
+
+    A copy of the three, or a run resumed from a checkpoint, is not frozen: call it again there.
 
     >>> model = nn.Linear(2, 1)
     >>> _ = nn.init.zeros_(model.weight)
@@ -238,6 +233,10 @@ def freeze_zeros(regularizer: Regularizer, optimizer: Optimizer) -> FrozenZeros:
         raise TypeError(
             f"expected a Regularizer, which selects what is frozen, got {type(regularizer).__name__}; "
             "build one: Regularizer(model, L1(1e-4))"
+        )
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}; pass the optimizer of the refit"
         )
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     parameters = list(regularizer.named_parameters())
@@ -273,8 +272,11 @@ def _weights(model: nn.Module | Regularizer, include: Selector | None, exclude: 
 
 def _count(entry: Selected) -> Tensor:
     """[zeros, inputs, dead inputs, neurons, dead neurons] of one weight, on its device."""
-    alive = entry.parameter.detach() != 0
-    owner = entry.owner
+    alive, owner = entry.parameter.detach() != 0, entry.owner
+    mask = getattr(owner, entry.attribute.removesuffix("_orig") + "_mask", None)  # of torch.nn.utils.prune
+    if entry.attribute.endswith("_orig") and isinstance(mask, Tensor):
+        alive = alive & (mask != 0)
+    zeros = (~alive).sum()
     groups = owner.groups if isinstance(owner, nn.modules.conv._ConvNd) else 1
     if alive.dim() < 2:
         alive = alive.reshape(1, -1, 1)
@@ -288,9 +290,17 @@ def _count(entry: Selected) -> Tensor:
     alive = alive.flatten(3).any(3) if alive.dim() > 3 else alive
     neurons = alive.any(2)
     inputs = alive.any(1) if entry.parameter.dim() > 1 else neurons[:, :0]  # a vector has neurons alone
-    zeros = (entry.parameter.detach() == 0).sum()
     sizes = [torch.full_like(zeros, count) for count in (inputs.numel(), neurons.numel())]
     return torch.stack([zeros, sizes[0], (~inputs).sum(), sizes[1], (~neurons).sum()])
+
+
+def _clear_gradient(parameter: Tensor, zero: Tensor) -> None:
+    _clear(parameter.grad, zero)
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _clear(tensor: Tensor | None, zero: Tensor) -> None:

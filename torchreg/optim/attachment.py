@@ -35,9 +35,10 @@ class Prox(ABC):
     def before(self, optimizer: Optimizer) -> None:
         """Just before the optimizer's update, while its state is the old one."""
         look = getattr(self.step_size, "before", None)
-        if look is not None:
-            for group, parameter, _ in self._carried(optimizer):
-                look(optimizer, group, parameter)
+        for group, parameter, _ in self._carried(optimizer):  # refuses, if it must, before any weight has moved
+            if look is None:
+                break
+            look(optimizer, group, parameter)
 
     def apply(self, optimizer: Optimizer) -> None:
         """Just after the optimizer's update."""
@@ -110,7 +111,7 @@ class Attachment(Prox):
         self.active = True
         self._optimizer: Callable[[], Optimizer | None] = weakref.ref(optimizer)
         self._held: dict[int, Bound] = {}
-        self._seen: tuple[list[Bound], list[Tensor], list[int]] = ([], [], [])
+        self._seen: tuple[list[Bound], list[Tensor], list[Tensor]] = ([], [], [])
         self._refresh(optimizer)
         _alive.add(self)
         regularizer._attach(self)
@@ -224,13 +225,18 @@ class Attachment(Prox):
         """Finds which selected parameters the optimizer holds, if the model or the groups have changed since."""
         bounds = self._regularizer._current(materialized=False)
         live = [bound.parameter() for bound in bounds]
-        sizes = [len(group["params"]) for group in optimizer.param_groups]
-        if bounds is self._seen[0] and all(map(operator.is_, live, self._seen[1])) and sizes == self._seen[2]:
+        params = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if (
+            bounds is self._seen[0]
+            and all(map(operator.is_, live, self._seen[1]))
+            and len(params) == len(self._seen[2])
+            and all(map(operator.is_, params, self._seen[2]))
+        ):
             return
-        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        own = set(map(id, params))
         held = {id(parameter): bound for parameter, bound in zip(live, bounds, strict=True) if id(parameter) in own}
         self._check(optimizer, held, [b for p, b in zip(live, bounds, strict=True) if id(p) not in own])
-        self._held, self._seen = held, (bounds, live, sizes)
+        self._held, self._seen = held, (bounds, live, params)
 
     def _check(self, optimizer: Optimizer, held: dict[int, Bound], missing: list[Bound]) -> None:
         """Raises where this optimizer cannot carry the prox of what is selected."""
