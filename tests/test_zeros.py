@@ -617,7 +617,7 @@ def test_a_refit_that_is_over_takes_no_gradients():
 
 def test_a_pruned_weight_counts_its_masked_entries_as_zeros():
     layer = nn.Linear(4, 3)
-    prune.l1_unstructured(layer, "weight", 0.5)
+    l1_unstructured(layer, "weight", 0.5)
     assert tr.sparsity(layer).zeros == 6
 
 
