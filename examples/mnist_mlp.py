@@ -163,12 +163,15 @@ for axis, (name, _, _, strength, _) in zip(axes, [results[1], results[2], result
     axis.imshow(strength.where(strength > 0, torch.nan).reshape(side, side), cmap="viridis")
     axis.set(title=f"{name}\n{(strength > 0).sum()} of {len(strength)} pixels live", xticks=[], yticks=[])
     axis.set_facecolor("lightgrey")
-for (name, accuracy, zeros, _, _), marker in zip(results, "osD^", strict=True):
-    axes[3].plot(100 * zeros.fraction, 100 * accuracy["refit"], marker, markersize=9, label=name)
+best = 100 * max(accuracy["refit"] for _, accuracy, _, _, _ in results)
+for (name, accuracy, zeros, _, _), marker, colour in zip(
+    results, "osD^", ["#000000", "#E69F00", "#0072B2", "#D55E00"], strict=True
+):  # colours that colour-blind readers tell apart
+    axes[3].plot(100 * zeros.fraction, 100 * accuracy["refit"], marker, color=colour, markersize=9, label=name)
 axes[3].set(title="sparsity and accuracy", xlabel="exact zeros (%)", ylabel=f"{score} accuracy, refitted (%)")
-axes[3].set(xlim=(-5, 105))
+axes[3].set(xlim=(-5, 105), ylim=(best - 1.5, best + 0.5))
 axes[3].grid(alpha=0.3)
-axes[3].legend()
+axes[3].legend(loc="lower center")
 picture = args.out / "mnist_mlp.png"
 figure.savefig(picture, dpi=150)
 print(f"\npicture: {picture}     dashboard: tensorboard --logdir {args.out}")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.prune import l1_unstructured
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 import torchreg as tr
