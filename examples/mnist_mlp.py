@@ -10,7 +10,8 @@
 4. prox EN      ProxAdam with the elastic net λ₁Σ|w| + λ₂Σw²
 
 Each regularized run is then refitted: its zeros frozen, the penalty disabled. The strengths were fixed beforehand on
-a validation split (`--validate`: the last 10,000 training images take the place of the test images).
+a validation split (`--validate`: the last 10,000 training images take the place of the test images). There λ = 3e-4,
+4e-4 and 5e-4 left 91.4, 92.5 and 93.2% zeros at 97.9, 97.7 and 97.6% refitted accuracy; plain had 98.2%.
 """
 
 import argparse
@@ -159,7 +160,7 @@ for row in [columns, ["-" * width for width in widths], *rows]:
 side = int(x_train.shape[1] ** 0.5)
 figure = plt.figure(figsize=(11, 3.4), layout="constrained")
 axes = figure.subplots(1, 4, width_ratios=[1, 1, 1, 1.6])
-for axis, (name, _, _, strength, _) in zip(axes, [results[1], results[2], results[3]], strict=False):
+for axis, (name, _, _, strength, _) in zip(axes, results[1:], strict=False):
     axis.imshow(strength.where(strength > 0, torch.nan).reshape(side, side), cmap="viridis")
     axis.set(title=f"{name}\n{(strength > 0).sum()} of {len(strength)} pixels live", xticks=[], yticks=[])
     axis.set_facecolor("lightgrey")

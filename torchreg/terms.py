@@ -42,6 +42,9 @@ class Term:
         """The base strengths, by name."""
         return {name: getattr(self.base, name) for name in self.base.strengths}
 
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self.base.strengths]
+
     def __getattr__(self, name: str) -> Any:
         base = self.__dict__.get("base")
         if base is not None and name in base.strengths:

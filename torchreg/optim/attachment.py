@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from torchreg.optim.step_sizes import StepSize, adam_step, step_size_of
 from torchreg.penalties import Penalty
@@ -41,7 +41,11 @@ class Prox(ABC):
             look(optimizer, group, parameter)
 
     def apply(self, optimizer: Optimizer) -> None:
-        """Just after the optimizer's update."""
+        """Just after the optimizer's update; a differentiable optimizer's prox has a gradient too."""
+        with torch.set_grad_enabled(bool(optimizer.defaults.get("differentiable"))):
+            self._apply(optimizer)
+
+    def _apply(self, optimizer: Optimizer) -> None:
         builds_up = hasattr(self.step_size, "before")  # as momentum does, also while λ is 0
         for group, parameter, penalty in self._carried(optimizer):
             idle = penalty is None or penalty.is_zero
@@ -182,7 +186,14 @@ class Attachment(Prox):
 
     def describe(self) -> str:
         """The route's name in `explain()`."""
-        return f"prox ({type(self._optimizer()).__name__})"
+        optimizer = self._optimizer()
+        groups = [] if optimizer is None else optimizer.param_groups
+        # AdamW of torch before 2.7 has no such key, and decays all the same.
+        decays = any(
+            group.get("weight_decay") and group.get("decoupled_weight_decay", isinstance(optimizer, AdamW))
+            for group in groups
+        )
+        return f"prox ({type(optimizer).__name__}{', beside decoupled decay' if decays else ''})"
 
     def pairs(self) -> list[tuple[Tensor, Penalty | None]]:
         """(parameter, penalty) as they stand: what a copy of the optimizer alone goes on with."""
@@ -218,8 +229,7 @@ class Attachment(Prox):
         self.before(optimizer)
 
     def _after_hook(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        with torch.set_grad_enabled(bool(optimizer.defaults.get("differentiable"))):
-            self.apply(optimizer)
+        self.apply(optimizer)
 
     def _refresh(self, optimizer: Optimizer) -> None:
         """Finds which selected parameters the optimizer holds, if the model or the groups have changed since."""

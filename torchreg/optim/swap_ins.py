@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from torchreg.optim.attachment import Attachment, Frozen, Prox
@@ -57,8 +56,7 @@ class Proximal(Optimizer):
             return _unhooked(self._stock)(self, closure)
         self.attachment.before(self)
         loss = _unhooked(self._stock)(self, closure)
-        with torch.set_grad_enabled(self.defaults["differentiable"]):
-            self.attachment.apply(self)
+        self.attachment.apply(self)
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
