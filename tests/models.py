@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -11,7 +12,21 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import torchreg as tr
 from torchreg.optim import Attachment
+
+
+@dataclass(frozen=True, repr=False)
+class Counted(tr.L1):
+    """L1 that writes down the step of each prox."""
+
+    steps: list[Any] = field(default_factory=list)
+
+    name: ClassVar[str] = "counted"
+
+    def _prox(self, w: Tensor, step: Any) -> Tensor:
+        self.steps.append(step)
+        return super()._prox(w, step)
 
 
 class MLP(nn.Module):

@@ -8,8 +8,7 @@ import itertools
 import logging
 import pickle
 import re
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adadelta, Adam, AdamW, Optimizer, RMSprop, Rprop
 
 import torchreg as tr
+from tests.models import Counted
 
 STOCK: list[tuple[Any, dict[str, Any]]] = [
     (SGD, {}),
@@ -25,19 +25,6 @@ STOCK: list[tuple[Any, dict[str, Any]]] = [
     (AdamW, {}),
 ]
 SWAP_INS: dict[Any, Any] = {SGD: tr.optim.ProxSGD, Adam: tr.optim.ProxAdam, AdamW: tr.optim.ProxAdamW}
-
-
-@dataclass(frozen=True, repr=False)
-class Counted(tr.L1):
-    """L1 that writes down the step of each prox."""
-
-    steps: list[Any] = field(default_factory=list)
-
-    name: ClassVar[str] = "counted"
-
-    def _prox(self, w: Tensor, step: Any) -> Tensor:
-        self.steps.append(step)
-        return super()._prox(w, step)
 
 
 def one_weight(*values: float) -> nn.Linear:

@@ -9,8 +9,7 @@ import itertools
 import pickle
 import pydoc
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, StepLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import torchreg as tr
+from tests.models import Counted
 
 PAIRS: list[tuple[type[Optimizer], Any]] = [
     (SGD, tr.optim.ProxSGD),
@@ -58,19 +58,6 @@ ALL_SETTINGS = [(*PAIRS[0], settings) for settings in SGD_SETTINGS]
 ALL_SETTINGS += [(*pair, settings) for pair in PAIRS[1:] for settings in ADAM_SETTINGS]
 SETTING_IDS = [f"{stock.__name__}({settings})" for stock, _, settings in ALL_SETTINGS]
 MOMENTUM = [(*PAIRS[0], {"momentum": 0.9}), (*PAIRS[1], {}), (*PAIRS[2], {})]
-
-
-@dataclass(frozen=True, repr=False)
-class Counted(tr.L1):
-    """L1 that writes down the step of each prox."""
-
-    steps: list[Any] = field(default_factory=list)
-
-    name: ClassVar[str] = "counted"
-
-    def _prox(self, w: Tensor, step: Any) -> Tensor:
-        self.steps.append(step)
-        return super()._prox(w, step)
 
 
 def net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
