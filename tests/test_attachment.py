@@ -568,3 +568,15 @@ def test_a_group_whose_parameters_were_exchanged_is_seen() -> None:
     with pytest.raises(RuntimeError, match=r"1\.weight"):
         step_on(optimizer, model, 1.0)
     assert [part.weight.item() for part in model] == before, "refused before anything moved"
+
+
+@pytest.mark.parametrize(("weight_decay", "said"), [(0.0, False), (1e-2, True)])
+def test_explain_names_a_decay_that_is_no_penalty(weight_decay: float, said: bool) -> None:
+    model = two_layers()
+    reg = tr.Regularizer(model, tr.L1(0.5))
+    optimizer = tr.optim.ProxAdamW(model.parameters(), weight_decay=weight_decay, regularizer=reg)
+    assert ("beside decoupled decay" in reg.explain()) is said
+    optimizer.attachment.remove()
+    coupled = torch.optim.Adam(model.parameters(), weight_decay=weight_decay)
+    tr.optim.attach(coupled, reg)
+    assert "decoupled" not in reg.explain(), "coupled decay is L2 in the gradient"
