@@ -133,7 +133,12 @@ class Regularizer:
         return self._model
 
     def __call__(self) -> Tensor:
-        """Σ of all terms: a 0-d tensor, float32 or wider, with a gradient for the parameters on the loss route."""
+        """Σ of all terms: a 0-d tensor, float32 or wider, with a gradient for the parameters on the loss route.
+
+        Raises:
+            RuntimeError: the model is no longer what the names were resolved in: a module was replaced, tensors were
+                tied or came apart, or a lazy module has not got its shape yet.
+        """
         bounds = self._current()
         return _total([value for _, value in self._values(bounds)], bounds[0])
 
@@ -155,7 +160,8 @@ class Regularizer:
                 rate); a number, a tensor that broadcasts against every parameter, or a dict from name to these.
         Raises:
             ValueError: a step is negative, infinite or NaN, does not broadcast, or is missing; nothing has changed.
-            RuntimeError: a parameter is already regularized by an attached optimizer.
+            RuntimeError: a parameter is already regularized by an attached optimizer, or computed by a
+                parametrization, or the model has changed as in `reg()`.
         """
         bounds = self._current()
         if routes := list(self._live_routes()):
@@ -253,6 +259,7 @@ class Regularizer:
         """Sets the strengths of every term; on an error nothing has changed.
 
         Raises:
+            TypeError: it is no state of a regularizer.
             ValueError: the state is of other terms, or a number in it is not finite and ≥ 0.
         """
         own = self.state_dict()

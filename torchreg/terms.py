@@ -64,12 +64,6 @@ class Term:
     def __repr__(self) -> str:
         return f"Term({self.key!r}, {self.base!r}, factor={self.factor!r})"
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
     def _choices(self) -> str:
         base = self.__dict__.get("base")
         return f"; it has {', '.join((*base.strengths, 'factor'))}" if base is not None else ""

@@ -239,17 +239,18 @@ def freeze_zeros(regularizer: Regularizer, optimizer: Optimizer) -> FrozenZeros:
             f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}; pass the optimizer of the refit"
         )
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    parameters = list(regularizer.named_parameters())
-    if missing := [name for name, parameter in parameters if id(parameter) not in own]:
+    bounds = regularizer._current()
+    if missing := [bound.name for bound in bounds if id(bound.parameter()) not in own]:
         raise ValueError(
             f"{type(optimizer).__name__} does not hold the selected {', '.join(missing)}, whose zeros it would have to "
             "keep; give it these parameters, or exclude them from the regularizer"
         )
     kept = []
-    for bound in regularizer._current():
-        parameter, anchor = bound.parameter(), bound.anchor
-        zero = parameter == (0 if anchor is None else anchor.to(parameter))
-        kept.append((parameter, zero, None if anchor is None else anchor.to(parameter)))
+    for bound in bounds:
+        parameter = bound.parameter()
+        anchor = None if bound.anchor is None else bound.anchor.to(parameter)
+        zero = parameter == (0 if anchor is None else anchor)
+        kept.append((parameter, zero, anchor))
         for key, value in optimizer.state.get(parameter, {}).items():
             if key != "step" and isinstance(value, Tensor) and value.shape == zero.shape:
                 _clear(value, zero)
