@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import ASGD, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 import torchreg as tr
 
@@ -19,6 +19,19 @@ SWAP_INS: dict[type[Optimizer], Callable[..., Optimizer]] = {
     AdamW: tr.optim.ProxAdamW,
 }
 ROUTES = ["swap-in", "attached"]
+
+
+def routes(cases: dict[str, Case]) -> Any:
+    """Every case on the stock class with `attach`, and on the swap-in where there is one."""
+    rows = [
+        pytest.param(case, route, id=f"{name}, {route}")
+        for name, case in cases.items()
+        for route in ROUTES
+        if route == "attached" or case.stock in SWAP_INS
+    ]
+    return pytest.mark.parametrize(("case", "route"), rows)
+
+
 # Constant gradients of very different sizes, side by side in one weight.
 GRADIENT = torch.tensor([[1e-6, -1e-4, 1e-2, 1.0, -30.0, 1e3]], dtype=torch.float64)
 
@@ -78,6 +91,43 @@ CASES = {
     "adamw": Case(AdamW, {"lr": 0.1}),
     "adamw, amsgrad foreach": Case(AdamW, {"lr": 0.1, "weight_decay": 0, "amsgrad": True, "foreach": True}),
     "adamw, fused": Case(AdamW, {"lr": 0.1, "weight_decay": 0, "fused": True}),
+    "adam, cycled betas": Case(Adam, {"lr": 0.1}, {"betas": [(0.95, 0.99), (0.85, 0.9), (0.0, 0.9)], "lr": [0.1, 0.2]}),
+    "adamw, cycled betas, fused": Case(
+        AdamW, {"lr": 0.1, "weight_decay": 0, "fused": True}, {"betas": [(0.95, 0.99), (0.85, 0.99)]}
+    ),
+    "adamax": Case(Adamax, {"lr": 0.1}),
+    "adamax, cycled": Case(Adamax, {"lr": 0.1}, {"lr": [0.1, 0.2], "betas": [(0.95, 0.99), (0.85, 0.9)]}),
+    "adamax, foreach": Case(Adamax, {"lr": 0.1, "foreach": True, "maximize": True}),
+    "nadam": Case(NAdam, {"lr": 0.1}),
+    "nadam, cycled": Case(NAdam, {"lr": 0.1}, {"lr": [0.1, 0.2], "betas": [(0.95, 0.99), (0.85, 0.9)]}),
+    "nadam, foreach": Case(NAdam, {"lr": 0.1, "foreach": True, "momentum_decay": 0.1}),
+    "nadam, decoupled": Case(NAdam, {"lr": 0.1, "weight_decay": 0.1, "decoupled_weight_decay": True}),
+    # Its variance has an estimate from step 6 on, or from step 1 with a short memory, or never with a shorter one.
+    "radam": Case(RAdam, {"lr": 0.1}),
+    "radam, first regime alone": Case(RAdam, {"lr": 0.1, "betas": (0.9, 0.6)}),
+    "radam, cycled": Case(RAdam, {"lr": 0.1}, {"lr": [0.1, 0.2], "betas": [(0.95, 0.999), (0.85, 0.999)]}),
+    "radam, foreach": Case(RAdam, {"lr": f64(0.1), "foreach": False, "maximize": True}),
+    "rmsprop": Case(RMSprop, {"lr": 0.1}),
+    "rmsprop, cycled": Case(RMSprop, {"lr": 0.1, "eps": 1e-3}, {"lr": [0.1, 0.2], "alpha": [0.9, 0.5]}),
+    "rmsprop, foreach": Case(RMSprop, {"lr": 0.1, "foreach": True, "maximize": True}),
+    # Its variance cancels under a constant gradient, later: at step t it is the difference of 1 and 1 − αᵗ.
+    "rmsprop, centered": Case(RMSprop, {"lr": 0.1, "centered": True}),
+    "adagrad": Case(Adagrad, {"lr": 0.1}),
+    "adagrad, decay and start": Case(Adagrad, {"lr": 0.1, "lr_decay": 0.3, "initial_accumulator_value": 0.5}),
+    "adagrad, cycled": Case(Adagrad, {"lr": 0.1, "lr_decay": 0.3}, {"lr": [0.1, 0.2, 0.0]}),
+    "adagrad, foreach": Case(Adagrad, {"lr": 0.1, "lr_decay": 0.3, "foreach": True, "maximize": True}),
+    "adagrad, fused": Case(Adagrad, {"lr": 0.1, "lr_decay": 0.3, "fused": True}),
+    "adadelta": Case(Adadelta, {"lr": 1.0}),
+    "adadelta, cycled": Case(Adadelta, {"lr": 1.0, "eps": 1e-3}, {"lr": [1.0, 3.0], "rho": [0.9, 0.5]}),
+    "adadelta, foreach": Case(Adadelta, {"lr": f64(1.0), "maximize": True}),
+    "adadelta, weight_decay": Case(Adadelta, {"lr": 1.0, "weight_decay": 0.1}),
+    "asgd": Case(ASGD, {"lr": 0.1, "lambd": 0.0}),
+    "asgd, falling": Case(ASGD, {"lr": 0.1, "lambd": 0.3, "t0": 2.0}),
+    "asgd, cycled": Case(ASGD, {"lr": 0.1, "lambd": 0.0}, {"lr": [0.1, 0.3, 0.2]}),
+    "asgd, foreach": Case(ASGD, {"lr": 0.1, "lambd": 0.0, "foreach": True, "maximize": True}),
+    "adafactor": Case(Adafactor, {"lr": 0.1, "weight_decay": 0}),
+    "adafactor, cycled": Case(Adafactor, {"lr": 0.1, "weight_decay": 0, "d": 1.5}, {"lr": [0.1, 0.2, 1.0]}),
+    "adafactor, foreach": Case(Adafactor, {"lr": 0.1, "weight_decay": 0, "foreach": True, "maximize": True}),
 }
 STEPS = 15
 
@@ -147,8 +197,7 @@ def probed(case: Case, route: str, gradient: Tensor) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@routes(CASES)
 def test_the_step_is_displacement_over_gradient_from_step_one_on(case: Case, route: str) -> None:
     model = layer(GRADIENT.numel())
     stock = case.stock(model.parameters(), **case.settings)
@@ -161,15 +210,17 @@ def test_the_step_is_displacement_over_gradient_from_step_one_on(case: Case, rou
         torch.testing.assert_close(step, sign * displacement / GRADIENT, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("route", ROUTES)
+LOW = ["sgd, nesterov, cycled", "adam", "adam, amsgrad", "adam, foreach", "adamw, fused", "adamax", "nadam", "rmsprop"]
+LOW += ["adagrad", "asgd, cycled"]
+
+
 @pytest.mark.parametrize(
     ("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 5e-3)], ids=str
 )
-@pytest.mark.parametrize("name", ["sgd, nesterov, cycled", "adam", "adam, amsgrad", "adam, foreach", "adamw, fused"])
+@routes({name: CASES[name] for name in LOW})
 def test_the_step_is_displacement_over_gradient_in_low_precision(
-    name: str, dtype: torch.dtype, rtol: float, route: str
+    case: Case, dtype: torch.dtype, rtol: float, route: str
 ) -> None:
-    case = CASES[name]
     gradient = torch.tensor([[0.25, -1.0, 30.0]], dtype=dtype)
     model = layer(3, dtype)
     moved = displacements(case, case.stock(model.parameters(), **case.settings), model.weight, gradient)
@@ -198,6 +249,53 @@ def test_after_a_larger_gradient_the_step_is_displacement_over_gradient_again(
             torch.testing.assert_close(steps[-1], -model.weight.detach() / GRADIENT, rtol=1e-12, atol=0)
 
 
+def test_with_momentum_the_step_of_rmsprop_is_displacement_over_gradient_in_the_limit() -> None:
+    """Its buffer adds up gradients over the sizes of their own steps, which settle in 1/(1 − alpha) steps."""
+    model = layer(GRADIENT.numel())
+    steps: list[Tensor] = []
+    optimizer = RMSprop(model.parameters(), lr=0.1, momentum=0.9, alpha=0.5)
+    tr.optim.attach(optimizer, tr.Regularizer(model, Probe(1.0, steps)))
+    off = []
+    for _ in range(300):
+        model.weight.detach().zero_()
+        model.weight.grad = GRADIENT.clone()
+        optimizer.step()
+        off.append((steps[-1] * GRADIENT / -model.weight.detach() - 1).abs().max().item())
+    assert off[0] < 1e-12, "one step has no past"
+    assert off[1] > 1e-2, "what the docstring owns up to"
+    assert off[-1] < 1e-10
+
+
+def test_the_step_of_a_whole_matrix_under_adafactor_is_displacement_over_gradient() -> None:
+    gradient = torch.tensor([[1.0, -2.0, 0.5], [10.0, 1e-3, -4.0]], dtype=torch.float64)
+    weight = nn.Parameter(torch.full_like(gradient, 0.5))
+    steps: list[Tensor] = []
+    model = nn.ParameterDict({"weight": weight})
+    optimizer = Adafactor(model.parameters(), lr=0.3, d=1.0, weight_decay=0)
+    tr.optim.attach(optimizer, tr.Regularizer(model, Probe(1.0, steps)))
+    for _ in range(10):
+        before = weight.detach().clone()
+        weight.grad = gradient.clone()
+        optimizer.step()
+        torch.testing.assert_close(steps[-1], (before - weight.detach()) / gradient, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("stock", [Adam, NAdam, RAdam, Adamax], ids=lambda kind: kind.__name__)
+def test_a_stock_checkpoint_counts_as_one_of_a_constant_beta(stock: type[Optimizer]) -> None:
+    model = layer(2)
+    first = stock(model.parameters(), lr=0.1)
+    for _ in range(3):
+        model.weight.grad = torch.ones_like(model.weight)
+        first.step()
+    steps: list[Tensor] = []
+    tr.optim.attach(first, tr.Regularizer(model, Probe(1.0, steps)))
+    for _ in range(3):
+        before = model.weight.detach().clone()
+        model.weight.grad = torch.ones_like(model.weight)
+        first.step()
+        torch.testing.assert_close(steps[-1], before - model.weight.detach(), rtol=1e-12, atol=0)
+
+
 def test_the_step_of_a_float16_weight_does_not_overflow() -> None:
     model = layer(1, torch.float16)
     steps: list[Tensor] = []
@@ -216,16 +314,15 @@ PENALTIES = [
     (tr.L2(0.3), 0.0, 0.3),
     (tr.ElasticNet(l1=0.5, l2=0.2), 0.5, 0.2),
 ]
-# Decay, AdamW's default among it, is another pull on the weight.
+# Decay, the default of AdamW, is another pull on the weight; and so is ASGD's `lambd`.
 PURE = {
     name: case
     for name, case in CASES.items()
-    if not case.settings.get("weight_decay", 1e-2 if case.stock is AdamW else 0)
+    if not case.settings.get("weight_decay", 1e-2 if case.stock is AdamW else 0) and not case.settings.get("lambd")
 }
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("case", PURE.values(), ids=PURE)
+@routes(PURE)
 def test_a_weight_rests_where_gradient_and_penalty_cancel(case: Case, route: str) -> None:
     model = nn.ModuleList([layer(3) for _ in PENALTIES])
     reg = tr.Regularizer(model, {f"{i}.weight": penalty for i, (penalty, _, _) in enumerate(PENALTIES)})
@@ -244,8 +341,7 @@ def test_a_weight_rests_where_gradient_and_penalty_cancel(case: Case, route: str
             )
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("case", PURE.values(), ids=PURE)
+@routes(PURE)
 def test_a_zero_stays_below_lambda_and_leaves_above_it(case: Case, route: str) -> None:
     model = layer(4)
     optimizer = proximal(route, case.stock, model, tr.Regularizer(model, tr.L1(0.7)), **case.settings)

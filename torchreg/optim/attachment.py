@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from torchreg.optim.step_sizes import StepSize, adam_step, step_size_of
+from torchreg.checks import Step
+from torchreg.optim.step_sizes import Diagonal, StepSize, step_size_of
 from torchreg.penalties import Penalty
 from torchreg.regularizer import Regularizer
 from torchreg.terms import Bound
@@ -35,10 +36,14 @@ class Prox(ABC):
     def before(self, optimizer: Optimizer) -> None:
         """Just before the optimizer's update, while its state is the old one."""
         look = getattr(self.step_size, "before", None)
-        for group, parameter, _ in self._carried(optimizer):  # refuses, if it must, before any weight has moved
+        self._asked: dict[int, Callable[[], Step]] = {}
+        for group, parameter, penalty in self._carried(optimizer):  # refuses, if it must, before any weight has moved
             if look is None:
                 break
-            look(optimizer, group, parameter)
+            if self._builds_up or not _idle(penalty):
+                ask = look(optimizer, group, parameter)
+                if ask is not None:
+                    self._asked[id(parameter)] = ask
 
     def apply(self, optimizer: Optimizer) -> None:
         """Just after the optimizer's update; a differentiable optimizer's prox has a gradient too."""
@@ -46,13 +51,13 @@ class Prox(ABC):
             self._apply(optimizer)
 
     def _apply(self, optimizer: Optimizer) -> None:
-        builds_up = hasattr(self.step_size, "before")  # as momentum does, also while λ is 0
+        asked = self.__dict__.pop("_asked", {})
         for group, parameter, penalty in self._carried(optimizer):
-            idle = penalty is None or penalty.is_zero
-            if parameter.grad is None or (idle and not builds_up):
+            if parameter.grad is None or (_idle(penalty) and not self._builds_up):
                 continue
-            step = self.step_size(optimizer, group, parameter)
-            if penalty is None or idle or (not isinstance(step, Tensor) and step == 0):
+            ask = asked.get(id(parameter))
+            step = self.step_size(optimizer, group, parameter) if ask is None else ask()
+            if penalty is None or _idle(penalty) or (not isinstance(step, Tensor) and step == 0):
                 continue
             found_inf = getattr(optimizer, "found_inf", None)
             if found_inf is not None:
@@ -60,6 +65,11 @@ class Prox(ABC):
                 skipped = found_inf.to(parameter.device).reshape(()) > 0
                 step = torch.where(skipped, 0.0, step)
             penalty.prox_(parameter, step)
+
+    @property
+    def _builds_up(self) -> bool:
+        """The step size follows a momentum, also while λ is 0."""
+        return getattr(self.step_size, "builds_up", False)
 
     def _carried(self, optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], Tensor, Penalty | None]]:
         penalties = self.penalties(optimizer)
@@ -272,7 +282,7 @@ class Attachment(Prox):
                     "first, with handle.remove(), optimizer.attachment.remove() or del optimizer"
                 )
         for bound in held.values():
-            if bound.parameter().is_complex() and self.step_size is adam_step:
+            if bound.parameter().is_complex() and isinstance(self.step_size, Diagonal):
                 raise ValueError(
                     f"{bound.name} is complex: {kind} steps its real and imaginary parts apart, under which the "
                     "penalty of the modulus has no closed-form prox; use ProxSGD, or add reg() to the loss"
@@ -289,7 +299,8 @@ def attach(
     for the parameters that `optimizer` holds.
 
     Args:
-        optimizer: SGD, Adam or AdamW of `torch.optim`; any other with a `step_size` of yours.
+        optimizer: SGD, ASGD, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Adagrad, Adadelta or Adafactor of `torch.optim`;
+            any other with a `step_size` of yours.
         regularizer: whose penalties to apply.
         step_size: `fn(optimizer, group, parameter) -> number or tensor`, asked for after each real step. The default
             is the unit response of the optimizer's class.
@@ -318,6 +329,11 @@ def attach(
     elif not callable(step_size):
         raise TypeError(f"step_size={step_size!r} cannot be called; pass fn(optimizer, group, parameter) -> step")
     return Attachment(optimizer, regularizer, step_size, partial=partial, hooked=True)
+
+
+def _idle(penalty: Penalty | None) -> bool:
+    """Nothing to apply: the regularizer is disabled, or every strength is 0."""
+    return penalty is None or penalty.is_zero
 
 
 def _nothing() -> None:
