@@ -13,7 +13,23 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop, Rprop, SparseAdam
+from torch.optim import (
+    ASGD,
+    LBFGS,
+    SGD,
+    Adadelta,
+    Adafactor,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+    Rprop,
+    SparseAdam,
+)
 
 import torchreg as tr
 from tests.models import Counted
@@ -23,6 +39,18 @@ STOCK: list[tuple[Any, dict[str, Any]]] = [
     (SGD, {"momentum": 0.9, "nesterov": True}),
     (Adam, {}),
     (AdamW, {}),
+]
+EVERY = [
+    *STOCK,
+    *((kind, {}) for kind in (Adamax, NAdam, RAdam, RMSprop, Adagrad, Adadelta, Adafactor, ASGD)),
+    (RMSprop, {"momentum": 0.9}),
+]
+FUSED = (SGD, Adam, AdamW, Adagrad)
+KERNELS = [
+    pytest.param(kind, {**settings, **fused}, id=f"{kind.__name__}-{settings}{'-fused' if fused else ''}")
+    for kind, settings in EVERY
+    for fused in ({}, {"fused": True})
+    if not fused or kind in FUSED
 ]
 SWAP_INS: dict[Any, Any] = {SGD: tr.optim.ProxSGD, Adam: tr.optim.ProxAdam, AdamW: tr.optim.ProxAdamW}
 
@@ -71,7 +99,7 @@ def test_an_attached_optimizer_steps_as_the_swap_in_bit_for_bit(
     assert (weights[0] == 0).any()
 
 
-@pytest.mark.parametrize(("stock", "settings"), STOCK, ids=str)
+@pytest.mark.parametrize(("stock", "settings"), KERNELS)
 def test_a_real_step_has_exactly_one_prox(stock: Any, settings: dict[str, Any]) -> None:
     model = two_layers()
     steps: list[Any] = []
@@ -85,25 +113,100 @@ def test_a_real_step_has_exactly_one_prox(stock: Any, settings: dict[str, Any]) 
     assert len(steps) == 2 * 3 + 1, "a parameter without a gradient has taken no step"
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["not fused", "fused"])
-@pytest.mark.parametrize(("stock", "settings"), STOCK, ids=str)
-def test_a_step_that_the_scaler_skips_leaves_the_weights_bit_for_bit(
-    stock: Any, settings: dict[str, Any], fused: bool
-) -> None:
+INF, NAN = float("inf"), float("nan")
+
+
+def scaled(stock: Any, settings: dict[str, Any], factors: list[float]) -> list[Tensor]:
+    """The weights after each step under a GradScaler, with gradients multiplied by `factors`."""
     model = one_weight(1.0, -2.0).float()
-    optimizer = stock(model.parameters(), lr=0.01, fused=fused, **settings)
+    optimizer = stock(model.parameters(), lr=0.01, **settings)
     tr.optim.attach(optimizer, tr.Regularizer(model, tr.L1(0.5)))
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    for factor, moves in ((float("inf"), False), (1.0, True), (float("nan"), False), (1.0, True)):
-        if fused and settings and factor == float("inf"):
-            # After a skipped first step, torch's fused SGD goes on from a momentum buffer that nothing has written.
-            continue
-        before = model.weight.detach().clone()
+    found = [model.weight.detach().clone()]
+    for factor in factors:
         optimizer.zero_grad()
         scaler.scale(model(torch.ones(1, 2)).sum() * factor).backward()
         scaler.step(optimizer)
         scaler.update()
-        assert torch.equal(model.weight, before) is not moves
+        found.append(model.weight.detach().clone())
+    return found
+
+
+@pytest.mark.parametrize(("stock", "settings"), KERNELS)
+def test_a_step_that_the_scaler_skips_leaves_the_weights_bit_for_bit(stock: Any, settings: dict[str, Any]) -> None:
+    factors = [1.0, NAN, INF, 1.0, INF, 1.0]
+    if not (settings.get("fused") and settings.get("momentum")):
+        # After a skipped first step, torch's fused SGD goes on from a momentum buffer that nothing has written.
+        factors = [INF, *factors]
+    found = scaled(stock, settings, factors)
+    moved = [not torch.equal(before, after) for before, after in itertools.pairwise(found)]
+    assert moved == [factor == 1 for factor in factors]
+    plain = scaled(stock, settings, [1.0, 1.0, 1.0])
+    torch.testing.assert_close(found[-1], plain[-1], rtol=1e-6, atol=0, msg="skipped steps left a trace")
+
+
+@pytest.mark.parametrize(("stock", "settings"), KERNELS)
+def test_accumulated_gradients_have_one_prox_at_the_step(stock: Any, settings: dict[str, Any]) -> None:
+    found = []
+    for parts in (1, 4):
+        model = one_weight(1.0, -2.0)
+        steps: list[Any] = []
+        reg = tr.Regularizer(model, Counted(0.3, steps))
+        optimizer = stock(model.parameters(), lr=0.01, **settings)
+        tr.optim.attach(optimizer, reg)
+        x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        for _ in range(3):
+            optimizer.zero_grad()
+            for chunk in x.chunk(parts):
+                ((model(chunk) - 1).square().mean() / parts + reg() / parts).backward()
+            optimizer.step()
+        assert len(steps) == 3
+        found.append(model.weight.detach())
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize(("stock", "settings"), KERNELS)
+def test_a_parameter_frozen_midway_stays_as_it_is(stock: Any, settings: dict[str, Any]) -> None:
+    model = two_layers()
+    optimizer = stock(model.parameters(), lr=0.01, **settings)
+    tr.optim.attach(optimizer, tr.Regularizer(model, tr.L1(0.5)))
+    step_on(optimizer, model)
+    frozen, other = (part.weight.item() for part in model)
+    model[0].requires_grad_(False)
+    optimizer.zero_grad()
+    for _ in range(3):
+        model[1].weight.grad = torch.ones_like(model[1].weight)
+        optimizer.step()
+    assert model[0].weight.item() == frozen
+    assert model[1].weight.item() != other
+    # Thawed, it goes on: one prox for each step of its own.
+    model[0].requires_grad_(True)
+    step_on(optimizer, model)
+    assert model[0].weight.item() != frozen
+
+
+@pytest.mark.parametrize(("stock", "settings"), KERNELS)
+def test_a_closure_gives_the_same_step(stock: Any, settings: dict[str, Any]) -> None:
+    found = []
+    for with_closure in (False, True):
+        model = one_weight(1.0, -2.0)
+        optimizer = stock(model.parameters(), lr=0.01, **settings)
+        tr.optim.attach(optimizer, tr.Regularizer(model, tr.L1(0.5)))
+
+        def closure(optimizer: Any = optimizer, model: Any = model) -> Tensor:
+            optimizer.zero_grad()
+            loss = model(torch.ones(1, 2, dtype=torch.float64)).square().sum()
+            loss.backward()
+            return loss
+
+        for _ in range(4):
+            if with_closure:
+                assert isinstance(optimizer.step(closure), Tensor)
+            else:
+                closure()
+                optimizer.step()
+        found.append(model.weight.detach())
+    assert torch.equal(*found)
 
 
 def test_a_change_of_the_strength_takes_effect_at_the_next_step() -> None:

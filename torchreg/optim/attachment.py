@@ -299,8 +299,8 @@ def attach(
     for the parameters that `optimizer` holds.
 
     Args:
-        optimizer: SGD, ASGD, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Adagrad, Adadelta or Adafactor of `torch.optim`;
-            any other with a `step_size` of yours.
+        optimizer: SGD, ASGD, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Adagrad, Adadelta or Adafactor of
+            `torch.optim`; any other with a `step_size` of yours.
         regularizer: whose penalties to apply.
         step_size: `fn(optimizer, group, parameter) -> number or tensor`, asked for after each real step. The default
             is the unit response of the optimizer's class.
