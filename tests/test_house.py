@@ -35,6 +35,7 @@ ORDER = [
     "zeros",
     "certificates",
     "optim",
+    "testing",
     "schedules",
     "paths",
     "compaction",

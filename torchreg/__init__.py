@@ -8,6 +8,7 @@ optimizer = tr.optim.ProxAdam(model.parameters(), lr=1e-3, regularizer=reg)     
 
 from torchreg import functional as functional
 from torchreg import optim as optim
+from torchreg import testing as testing
 from torchreg.loss import LastLoss as LastLoss
 from torchreg.loss import RegularizedLoss as RegularizedLoss
 from torchreg.penalties import L1 as L1

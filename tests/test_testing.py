@@ -1,0 +1,193 @@
+"""The public certificates: what is right passes, and what is off by 1% does not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+import torchreg as tr
+from tests.cases import every_plain_case
+from torchreg.optim.step_sizes import STOCK, learning_rate
+from torchreg.testing import check_penalty, check_step_size
+
+# ---------------------------------------------------------------------- step sizes
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "AdamW": {"weight_decay": 0},
+    "ASGD": {"lambd": 0},
+    "Adafactor": {"weight_decay": 0},
+}
+every_optimizer = pytest.mark.parametrize("kind", STOCK, ids=lambda kind: kind.__name__)
+
+
+def builder(kind: type[Optimizer]) -> Callable[[list[nn.Parameter]], Optimizer]:
+    return lambda params: kind(params, lr=0.1, **SETTINGS.get(kind.__name__, {}))
+
+
+@every_optimizer
+def test_every_known_step_size_is_certified(kind: type[Optimizer]) -> None:
+    check_step_size(builder(kind))
+
+
+@dataclasses.dataclass
+class Off:
+    """Another step size times a factor."""
+
+    other: Any
+    factor: float
+
+    @property
+    def builds_up(self) -> bool:
+        return getattr(self.other, "builds_up", False)
+
+    def before(self, *args: Any) -> Any:
+        look = getattr(self.other, "before", None)
+        ask = None if look is None else look(*args)
+        return None if ask is None else lambda: self.factor * ask()
+
+    def __call__(self, *args: Any) -> Any:
+        return self.factor * self.other(*args)
+
+
+@pytest.mark.parametrize("factor", [0.99, 1.01])
+@every_optimizer
+def test_a_step_that_is_off_by_one_percent_is_not(kind: type[Optimizer], factor: float) -> None:
+    with pytest.raises(AssertionError, match=r"^step 1: at gradient .* the optimizer moved by .* and the step is "):
+        check_step_size(builder(kind), Off(STOCK[kind], factor))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in STOCK if kind.__name__ not in ("SGD", "ASGD", "RAdam")])
+def test_the_learning_rate_is_the_unit_response_of_plain_sgd_alone(kind: type[Optimizer]) -> None:
+    check_step_size(builder(SGD), learning_rate)
+    with pytest.raises(AssertionError, match=r"the step is 0\.1"):
+        check_step_size(builder(kind), learning_rate)
+
+
+def test_a_response_that_is_exact_in_the_limit_may_settle() -> None:
+    def build(params: list[nn.Parameter]) -> Optimizer:
+        return SGD(params, lr=0.1, momentum=0.5)
+
+    def limit(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> float:
+        return group["lr"] / (1 - group["momentum"])
+
+    check_step_size(build, limit, steps=50, settle=40)
+    with pytest.raises(AssertionError, match="step 5"):
+        check_step_size(build, limit, settle=4)
+
+
+class Lion(Optimizer):
+    """An optimizer of somebody else's: here plain SGD whose lr is halved."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data.sub_(parameter.grad, alpha=group["lr"] / 2)
+
+
+def test_a_third_party_certifies_its_own() -> None:
+    check_step_size(lambda params: Lion(params, lr=0.1), lambda optimizer, group, parameter: group["lr"] / 2)
+    with pytest.raises(AssertionError, match=r"at gradient 0.0001 the optimizer moved by 0.05·gradient"):
+        check_step_size(lambda params: Lion(params, lr=0.1), learning_rate)
+
+
+# ---------------------------------------------------------------------- penalties
+
+
+@every_plain_case
+def test_every_penalty_is_certified(case: Any) -> None:
+    check_penalty(case.penalty)
+
+
+class OffProx(tr.L1):
+    def _prox(self, w: Tensor, step: Any) -> Tensor:
+        return super()._prox(w, 1.01 * step)
+
+
+class OffValue(tr.L1):
+    def _value(self, w: Tensor) -> Tensor:
+        return 1.01 * super()._value(w)
+
+
+class OffSign(tr.L2):
+    def _prox(self, w: Tensor, step: Any) -> Tensor:
+        return w / (1 + self.strength * step)
+
+
+class OffAtZero(tr.L2):
+    def _prox(self, w: Tensor, step: Any) -> Tensor:
+        return super()._prox(w, step) * (1 + 1e-12)
+
+
+class OffGradient(tr.L2):
+    def _value(self, w: Tensor) -> Tensor:
+        return self.strength * (w * w.detach()).sum()
+
+
+class NaNGradient(tr.L1):
+    def _value(self, w: Tensor) -> Tensor:
+        return self.strength * (w * w).sqrt().sum()
+
+
+class InPlace(tr.L1):
+    def _prox(self, w: Tensor, step: Any) -> Tensor:
+        return w.copy_(super()._prox(w, step))
+
+
+class NotScaled(tr.L1):
+    def scaled(self, factor: float) -> tr.L1:
+        return self
+
+
+class Coupled(tr.L2):
+    def _prox(self, w: Tensor, step: Any) -> Tensor:
+        return super()._prox(w, step) + 0 * w.sum()
+
+
+class Root(tr.L1):
+    """λΣ√|w| is not convex; its own prox does not matter here."""
+
+    def _value(self, w: Tensor) -> Tensor:
+        return self.strength * (w.abs() + 1e-3).sqrt().sum() - self.strength * w.numel() * 1e-3**0.5
+
+
+BROKEN = {
+    OffProx: "prox is not the argmin|no subgradient",
+    OffValue: "prox is not the argmin|no subgradient",
+    OffSign: "prox is not the argmin|no subgradient",
+    OffAtZero: "a step of 0 must leave",
+    OffGradient: "the gradient of the value gives the slope",
+    NaNGradient: "gradient of the value at w = 0 must be finite",
+    InPlace: "leave w alone",
+    NotScaled: r"scaled\(2\) must double",
+    Coupled: "a NaN spreads",
+    Root: "prox is not the argmin|no subgradient|above its chord",
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN, ids=lambda kind: kind.__name__)
+def test_a_broken_penalty_is_not(kind: type[tr.L1]) -> None:
+    with pytest.raises(AssertionError, match=BROKEN[kind]):
+        check_penalty(kind(0.3))
+
+
+def test_a_penalty_that_couples_its_weights_is_not_separable() -> None:
+    class Mixed(tr.L2):
+        def _value(self, w: Tensor) -> Tensor:
+            return self.strength * w.sum().square()
+
+        def _prox(self, w: Tensor, step: Any) -> Tensor:
+            s = torch.as_tensor(step, dtype=w.dtype).expand(w.shape)
+            return w - s * (2 * self.strength * w.sum() / (1 + 2 * self.strength * s.sum()))
+
+    with pytest.raises(AssertionError, match="says that it is separable"):
+        check_penalty(Mixed(0.3))

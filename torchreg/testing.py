@@ -1,0 +1,268 @@
+"""Certificates for a penalty or a step size of one's own: call them from its tests."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchreg.checks import Step
+from torchreg.optim import StepSize, attach
+from torchreg.penalties import L1, Penalty
+from torchreg.regularizer import Regularizer
+
+GRADIENTS = [1e-4, -1e-2, 1.0, -30.0, 1e3]
+FACTORS = [1.0, 1.0, 2.0, 0.5]  # of the learning rate, in turn
+
+
+def check_step_size(
+    build: Callable[[list[nn.Parameter]], Optimizer],
+    step_size: StepSize | None = None,
+    *,
+    steps: int = 20,
+    settle: int = 0,
+    rtol: float = 1e-9,
+) -> None:
+    """Certifies that a step size is the unit response of an optimizer, so that one λ has one answer.
+
+    Under constant gradients from 1e-4 to 1e3, displacement over gradient must be the step, at every step and through
+    changes of lr. A weight w ≠ 0 with the gradient −λ·sign(w) must stay where it is, a zero with |gradient| < λ must
+    stay one, and one with |gradient| > λ must leave. A parameter without a gradient must not move.
+
+    Args:
+        build: makes the optimizer for a list of parameters, without decoupled decay, which is another pull.
+        step_size: what is certified; by default what `attach` uses for the class.
+        steps: how many steps to take.
+        settle: how many first steps are not judged, for a response that is exact only in the limit.
+        rtol: the relative error allowed; the weights are float64.
+    Raises:
+        AssertionError: it is not the unit response; the message names the step, the gradient and both numbers.
+
+    >>> check_step_size(lambda params: torch.optim.RMSprop(params, lr=0.1))
+    >>> check_step_size(lambda params: torch.optim.RMSprop(params, lr=0.1), tr.optim.learning_rate)
+    Traceback (most recent call last):
+    ...
+    AssertionError: step 1: at gradient 0.0001 the optimizer moved by 9990.01·gradient, and the step is 0.1
+    """
+    _check_displacement(build, step_size, steps, settle, rtol)
+    for strength in (1e-3, 1.0, 30.0):
+        _check_rest(build, step_size, steps, settle, rtol, strength)
+
+
+def _check_displacement(
+    build: Callable[[list[nn.Parameter]], Optimizer], step_size: StepSize | None, steps: int, settle: int, rtol: float
+) -> None:
+    gradient = torch.tensor([GRADIENTS], dtype=torch.float64)
+    probe = Probe(1.0, [])
+    model = nn.ParameterDict({"moving": torch.zeros_like(gradient), "still": torch.ones_like(gradient)})
+    optimizer = build(list(model.parameters()))
+    attach(optimizer, Regularizer(model, probe), step_size=step_size)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for t, factor in zip(range(1, steps + 1), itertools.cycle(FACTORS), strict=False):
+        model["moving"].detach().zero_()  # from 0 the difference is exact, and no decay acts
+        model["moving"].grad = gradient.clone()
+        for group, lr in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr * factor
+        optimizer.step()
+        _demand(
+            torch.equal(model["still"], torch.ones_like(gradient)),
+            f"step {t} moved a parameter without a gradient; it has taken no step, so it has no prox",
+        )
+        _demand(
+            len(probe.steps) == t, f"step {t} applied {len(probe.steps) - t + 1} proxes to a parameter instead of 1"
+        )
+        moved = -_sign(optimizer) * model["moving"].detach() / gradient
+        asked = torch.as_tensor(probe.steps[-1], dtype=torch.float64).expand(gradient.shape)
+        for g, by, step in zip(gradient[0].tolist(), moved[0].tolist(), asked[0].tolist(), strict=True):
+            _demand(
+                t <= settle or abs(step - by) <= rtol * abs(by),
+                f"step {t}: at gradient {g:g} the optimizer moved by {by:g}·gradient, and the step is {step:g}",
+            )
+
+
+def _check_rest(
+    build: Callable[[list[nn.Parameter]], Optimizer],
+    step_size: StepSize | None,
+    steps: int,
+    settle: int,
+    rtol: float,
+    strength: float,
+) -> None:
+    start = torch.tensor([[0.5, -2.0, 3.0, 0.0, 0.0]], dtype=torch.float64)
+    gradient = strength * torch.tensor([[-1.0, 1.0, -1.0, 0.9, 1.1]], dtype=torch.float64)
+    model = nn.ParameterDict({"weight": start.clone()})
+    optimizer = build(list(model.parameters()))
+    attach(optimizer, Regularizer(model, L1(strength)), step_size=step_size)
+    weight = model["weight"]
+    for t in range(1, steps + 1):
+        if t <= settle:
+            weight.detach().copy_(start)
+        before = weight.detach().clone()
+        weight.grad = _sign(optimizer) * gradient
+        optimizer.step()
+        if t <= settle:
+            continue
+        drift = ((weight - before) / start)[0, :3].abs().max().item()
+        _demand(
+            drift <= rtol,
+            (
+                f"step {t}: a weight with the gradient −λ·sign(w) at λ={strength:g} moved by {drift:g} of itself; "
+                "it must stay where it is"
+            ),
+        )
+        _demand(weight[0, 3] == 0, f"step {t}: a zero with |gradient| = 0.9·λ, λ={strength:g}, became {weight[0, 3]:g}")
+    _demand(weight[0, 4] != 0, f"a zero with |gradient| = 1.1·λ, λ={strength:g}, was still one after {steps} steps")
+
+
+def check_penalty(penalty: Penalty, *, shape: tuple[int, ...] = (6, 4), rtol: float = 1e-9) -> None:
+    """Certifies that the parts of a penalty belong together: its value, its prox and what it says of itself.
+
+    The gradient of the value is its finite difference. The prox, with a number and with tensor steps spread over four
+    decades, is no worse than any of many rivals, and for a convex penalty a subgradient certifies it; a step of 0
+    leaves the weights as they are, bit for bit; `prox_` is `prox`. `scaled`, `is_zero`, `convex` and `separable` hold.
+
+    Args:
+        penalty: with strengths that make a difference to weights around 1.
+        shape: of the weights to try.
+        rtol: the relative error allowed; the weights are float64.
+    Raises:
+        AssertionError: something does not hold; the message says what, and where.
+
+    >>> check_penalty(L1(0.3))
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    w = random()
+    _check_value(penalty, w, random())
+    for step in (0.7, torch.exp(random(2.0)), torch.exp(random(2.0))[..., :1]):
+        for scale in (0.1, 1.0, 10.0):
+            _check_prox(penalty, random(scale), step, random, rtol)
+    for nothing in (0, 0.0, torch.zeros(shape)):
+        _demand(torch.equal(penalty.prox(w, nothing), w), f"{penalty}: a step of 0 must leave the weights as they are")
+    _check_claims(penalty, w, random, rtol)
+
+
+def _check_value(penalty: Penalty, w: Tensor, direction: Tensor) -> None:
+    w = w.clone().requires_grad_()
+    value = penalty(w)
+    _demand(value.shape == () and value.is_floating_point(), f"{penalty}: the value must be a 0-d real tensor")
+    (gradient,) = torch.autograd.grad(value, w)
+    with torch.no_grad():
+        h = 1e-6 * direction
+        difference = (penalty(w + h) - penalty(w - h)) / 2
+        expected = (gradient * h).sum()
+    _demand(
+        abs(difference - expected) <= 1e-5 * (h * gradient).abs().sum() + 1e-13 * abs(value.detach()),
+        f"{penalty}: the gradient of the value gives the slope {expected / 1e-6:g}, "
+        f"its difference {difference / 1e-6:g}",
+    )
+    zero = torch.zeros_like(w).requires_grad_()
+    (gradient,) = torch.autograd.grad(penalty(zero), zero)
+    _demand(bool(gradient.isfinite().all()), f"{penalty}: the gradient of the value at w = 0 must be finite")
+
+
+def _check_prox(penalty: Penalty, w: Tensor, step: Step, random: Callable[[float], Tensor], rtol: float) -> None:
+    before = w.clone()
+    p = penalty.prox(w, step)
+    _demand(torch.equal(w, before), f"{penalty}: prox must return a new tensor and leave w alone")
+    _demand(p.shape == w.shape and p.dtype == w.dtype, f"{penalty}: prox must keep shape and dtype")
+    _demand(torch.equal(penalty.prox_(w.clone(), step), p), f"{penalty}: prox_ must be prox, in place")
+
+    def objective(u: Tensor) -> Tensor:
+        return ((u - w).square() / (2 * step)).sum() + penalty(u)
+
+    best = objective(p)
+    slack = rtol * (best.abs() + (w.square() / step).sum())
+    for rival in _rivals(p, w, random):
+        better = objective(rival)
+        _demand(
+            best <= better + slack,
+            (
+                f"{penalty}: prox is not the argmin: its objective is {best:g}, and {better:g} was found, with step "
+                f"{step if not isinstance(step, Tensor) else 'a tensor'}"
+            ),
+        )
+        if penalty.convex:
+            bound = penalty(p) + ((w - p) / step * (rival - p)).sum()
+            _demand(
+                penalty(rival) >= bound - slack,
+                (
+                    f"{penalty}: (w − prox(w, step))/step is no subgradient at prox(w, step): the penalty elsewhere is "
+                    f"{penalty(rival):g}, and the subgradient promises {bound:g}"
+                ),
+            )
+
+
+def _rivals(p: Tensor, w: Tensor, random: Callable[[float], Tensor]) -> Iterator[Tensor]:
+    yield from (w, torch.zeros_like(w), p * 1.01, p * 0.99, (p + w) / 2)
+    for scale in (1e-4, 1e-2, 1.0):
+        yield p + random(scale)
+        yield p + random(scale) * (p != 0)
+    for index in range(p.shape[0] if p.dim() else 0):
+        without = p.clone()
+        without[index] = 0
+        yield without
+        with_ = p.clone()
+        with_[index] += 0.01 * (w - p)[index]
+        yield with_
+
+
+def _check_claims(penalty: Penalty, w: Tensor, random: Callable[[float], Tensor], rtol: float) -> None:
+    _demand(torch.allclose(penalty.scaled(2.0)(w), 2 * penalty(w), rtol=rtol), f"{penalty}: scaled(2) must double it")
+    nothing = penalty.scaled(0.0)
+    _demand(nothing.is_zero and nothing(w) == 0, f"{penalty}: scaled(0) must be zero, and is_zero say so")
+    _demand(torch.equal(nothing.prox(w, 0.7), w), f"{penalty}: at strength 0 the prox must be the identity")
+    other = random(1.0)
+    if penalty.convex:
+        middle, ends = penalty((w + other) / 2), (penalty(w) + penalty(other)) / 2
+        _demand(middle <= ends * (1 + rtol), f"{penalty} says that it is convex, and lies above its chord")
+    if penalty.separable:
+        half = torch.arange(w.numel()).reshape(w.shape) % 2 == 0
+        mixed = torch.where(half, w, other)
+        apart = torch.where(half, penalty.prox(w, 0.7), penalty.prox(other, 0.7))
+        _demand(
+            torch.allclose(penalty.prox(mixed, 0.7), apart, rtol=rtol, atol=0),
+            f"{penalty} says that it is separable, and the prox of a weight depends on the others",
+        )
+        hurt = torch.where(half, w, torch.nan)
+        _demand(torch.equal(penalty.prox(hurt, 0.7)[half], apart[half]), f"{penalty}: a NaN spreads to other weights")
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Probe(Penalty):
+    """Writes down the steps that its prox is given, and moves nothing."""
+
+    strength: float
+    steps: list[Step]
+
+    name: ClassVar[str] = "probe"
+    formula: ClassVar[str] = "0"
+    strengths: ClassVar[tuple[str, ...]] = ("strength",)
+    convex: ClassVar[bool] = True
+    separable: ClassVar[bool] = True
+    smooth: ClassVar[bool] = True
+
+    def _value(self, w: Tensor) -> Tensor:
+        return 0 * w.sum()
+
+    def _prox(self, w: Tensor, step: Step) -> Tensor:
+        self.steps.append(step.clone() if isinstance(step, Tensor) else step)
+        return w
+
+
+def _demand(holds: object, message: str) -> None:
+    """An assertion that `python -O` keeps."""
+    if not holds:
+        raise AssertionError(message)
+
+
+def _sign(optimizer: Optimizer) -> int:
+    return -1 if any(group.get("maximize") for group in optimizer.param_groups) else 1
