@@ -9,12 +9,17 @@ optimizer = tr.optim.ProxAdam(model.parameters(), lr=1e-3, regularizer=reg)     
 from torchreg import functional as functional
 from torchreg import optim as optim
 from torchreg import testing as testing
+from torchreg.groups import Columns as Columns
+from torchreg.groups import Groups as Groups
+from torchreg.groups import Rows as Rows
 from torchreg.loss import LastLoss as LastLoss
 from torchreg.loss import RegularizedLoss as RegularizedLoss
 from torchreg.penalties import L1 as L1
 from torchreg.penalties import L2 as L2
 from torchreg.penalties import ElasticNet as ElasticNet
+from torchreg.penalties import GroupLasso as GroupLasso
 from torchreg.penalties import Penalty as Penalty
+from torchreg.penalties import SparseGroupLasso as SparseGroupLasso
 from torchreg.regularizer import Regularizer as Regularizer
 from torchreg.selection import Selected as Selected
 from torchreg.selection import select as select
