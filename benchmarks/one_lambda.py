@@ -6,8 +6,9 @@
 Lasso, elastic net, multi-task lasso, L1 logistic and L1 multinomial regression, with standardized columns and with
 columns whose scales are spread 100:1, at λ/λ_max = 0.5, 0.1 and 0.01. A problem counts as solved at the step where the
 relative objective gap to scikit-learn (tol 1e-12) is at most 1e-8 and the support is the same. Beside it, what the same
-optimizer gives when the threshold is lr·λ, when the penalty is in the loss, and in torchao's PruneOptimizer, after 2,000
-steps: the median gap, and how many supports are right. λ is the problem's strength, L its gradient's Lipschitz constant.
+optimizer gives when the threshold is lr·λ, when the penalty is in the loss, and in torchao's PruneOptimizer, after
+2,000 steps: the median gap, and how many supports are right. In the column of lr, λ is the strength and L the Lipschitz
+constant of the gradient.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ Array = np.ndarray
 
 @dataclass
 class Loss:
-    """A data loss on x of shape (rows, features) and y of shape (rows, tasks), at weights of shape (tasks, features)."""
+    """A data loss on x (rows, features) and y (rows, tasks), for weights of shape (tasks, features)."""
 
     x: Array
     y: Array
