@@ -21,7 +21,9 @@ class Penalty(ABC):
     """Ω(w): pure, immutable maths, with its value and its prox side by side.
 
     A subclass is a frozen dataclass whose fields named in `strengths` multiply it. It writes two formulas,
-    `_value(w)` and `_prox(w, step)`, on weights that are already checked and in float32 or wider.
+    `_value(w)` and `_prox(w, step)`, on weights that are already checked and in float32 or wider. Three more let
+    `stationarity`, `lambda_max` and `duality_gap` certify a solution: `_subgradient(w, gradient)`,
+    `_dual_norm(gradient)` and `_conjugate(v)`; without them everything else works.
 
     Attributes:
         name: the key of a regularizer's term that has this penalty alone.
@@ -80,6 +82,39 @@ class Penalty(ABC):
             wide = wide.clone()  # a differentiable step keeps the old weights for its backward
         return w.copy_(self._prox(wide, step))
 
+    def subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
+        """argmin_{v ∈ ∂Ω(w)} ‖gradient + v‖, the subgradient of Ω at `w` nearest to −gradient.
+
+        So gradient + subgradient is the least subgradient of loss + Ω, and 0 exactly where `w` is stationary.
+
+        Args:
+            w: any shape, floating or complex.
+            gradient: of the data loss at `w`, of `w`'s shape; complex as autograd has it, the direction of ascent.
+        Returns:
+            A new tensor of `w`'s shape and dtype.
+        Raises:
+            TypeError: `w` or `gradient` is no floating or complex tensor, or one is complex and the other real.
+            ValueError: their shapes differ.
+            NotImplementedError: this penalty does not say what its subgradients are.
+
+        >>> from torchreg import L1
+        >>> L1(0.5).subgradient(torch.tensor([2.0, 0.0, 0.0]), torch.tensor([-0.1, 0.25, 3.0]))
+        tensor([ 0.5000, -0.2500, -0.5000])
+        """
+        name = type(self).__name__
+        wide, gradient = checks.widened(checks.weights(name, w)), checks.widened(checks.weights(name, gradient))
+        if gradient.shape != w.shape:
+            raise ValueError(
+                f"gradient of shape {tuple(gradient.shape)} is not that of weights of shape {tuple(w.shape)}; "
+                "pass the data loss's gradient, as w.grad has it"
+            )
+        if gradient.is_complex() != w.is_complex():
+            raise TypeError(
+                f"gradient has dtype {gradient.dtype} and the weights {w.dtype}; pass the data loss's gradient, "
+                "as w.grad has it"
+            )
+        return self._subgradient(wide, gradient).to(w.dtype)
+
     def scaled(self, factor: float) -> Self:
         """The same penalty with every strength multiplied by `factor`.
 
@@ -105,3 +140,35 @@ class Penalty(ABC):
     @abstractmethod
     def _prox(self, w: Tensor, step: Step) -> Tensor:
         """The prox for checked weights in float32 or wider; a tensor step is taken on trust."""
+
+    def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
+        """The element of ∂Ω(w) nearest to −gradient, in `w`'s shape."""
+        raise self._lacks("_subgradient(self, w, gradient)", "the element of ∂Ω(w) nearest to −gradient")
+
+    def _dual_norm(self, gradient: Tensor) -> Tensor:
+        """The smallest c ≥ 0 with −gradient ∈ c·∂Ω at Ω's minimum, inf if there is none; 0-d."""
+        raise self._lacks("_dual_norm(self, gradient)", "the smallest c ≥ 0 with −gradient ∈ c·∂Ω(0), or inf")
+
+    def _conjugate(self, v: Tensor) -> Tensor:
+        """Ω*(v) = sup_w ⟨v, w⟩ − Ω(w), inf outside its domain; 0-d."""
+        raise self._lacks("_conjugate(self, v)", "Ω*(v) = sup_w ⟨v, w⟩ − Ω(w), or inf")
+
+    def _lacks(self, method: str, formula: str) -> NotImplementedError:
+        return NotImplementedError(
+            f"{type(self).__name__} cannot certify a solution yet; give it the method {method} that returns {formula}"
+        )
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Re Σ conj(a)·b: the inner product in which autograd's complex gradients are gradients. 0-d."""
+    return (a.conj() * b).real.sum() if a.is_complex() else (a * b).sum()
+
+
+def over(value: Tensor, strength: float) -> Tensor:
+    """value/strength for a `value` ≥ 0, with 0/0 = 0."""
+    return torch.where(value == 0, 0.0, value / strength)
+
+
+def indicator(inside: Tensor) -> Tensor:
+    """0 where all of `inside` is true, else inf; 0-d."""
+    return torch.where(inside.all(), 0.0, torch.inf)

@@ -11,6 +11,7 @@ from torchreg import checks
 from torchreg.checks import Step
 from torchreg.functional import soft_threshold
 from torchreg.penalties.base import Penalty
+from torchreg.penalties.l1 import L1
 from torchreg.penalties.l2 import sum_of_squares
 
 
@@ -80,6 +81,18 @@ class ElasticNet(Penalty):
 
     def _prox(self, w: Tensor, step: Step) -> Tensor:
         return soft_threshold(w, step * self.l1) / (1 + 2 * self.l2 * step)  # a huge step times l2 = 0 is 0
+
+    def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
+        smooth = 2 * self.l2 * w
+        return smooth + L1(self.l1)._subgradient(w, gradient + smooth)
+
+    def _dual_norm(self, gradient: Tensor) -> Tensor:
+        return L1(self.l1)._dual_norm(gradient)  # at 0 the square has no slope
+
+    def _conjugate(self, v: Tensor) -> Tensor:
+        if self.l2 == 0:
+            return L1(self.l1)._conjugate(v)
+        return sum_of_squares(soft_threshold(v, self.l1)) / (4 * self.l2)
 
 
 def _ratio(l1_ratio: float) -> float:

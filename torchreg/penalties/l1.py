@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from torchreg.checks import Step
 from torchreg.functional import soft_threshold
-from torchreg.penalties.base import Penalty
+from torchreg.penalties.base import Penalty, indicator, over
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,3 +51,18 @@ class L1(Penalty):
 
     def _prox(self, w: Tensor, step: Step) -> Tensor:
         return soft_threshold(w, step * self.strength)
+
+    def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
+        limit = min(self.strength, torch.finfo(w.dtype).max)  # clamp refuses a number beyond the range of w
+        return torch.where(w == 0, -gradient.sgn() * gradient.abs().clamp(max=limit), limit * w.sgn())
+
+    def _dual_norm(self, gradient: Tensor) -> Tensor:
+        return over(largest(gradient), self.strength)
+
+    def _conjugate(self, v: Tensor) -> Tensor:
+        return indicator(v.abs() <= self.strength)
+
+
+def largest(w: Tensor) -> Tensor:
+    """max|w|, and 0 of nothing."""
+    return w.abs().amax() if w.numel() else w.abs().sum()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchreg import checks
 from torchreg.checks import Step
-from torchreg.penalties.base import Penalty
+from torchreg.penalties.base import Penalty, over
 
 
 def sum_of_squares(w: Tensor) -> Tensor:
@@ -65,3 +65,12 @@ class L2(Penalty):
 
     def _prox(self, w: Tensor, step: Step) -> Tensor:
         return w / (1 + 2 * self.strength * step)
+
+    def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
+        return 2 * self.strength * w
+
+    def _dual_norm(self, gradient: Tensor) -> Tensor:
+        return over(gradient.abs().sum(), 0.0)  # no λ holds a weight at 0 against a gradient
+
+    def _conjugate(self, v: Tensor) -> Tensor:
+        return over(sum_of_squares(v), 4 * self.strength)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchreg.checks import Step
-from torchreg.penalties.base import Penalty
+from torchreg.penalties.base import Penalty, inner
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
@@ -67,3 +67,12 @@ class Toward(Penalty):
         kept = self.penalty._prox(away, step)
         # Exact at both ends, where w₀ + kept would round: no step leaves w, and a zero is w₀.
         return torch.where(kept == 0, anchor, w - (away - kept))
+
+    def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
+        return self.penalty._subgradient(w - self.anchor.to(w), gradient)
+
+    def _dual_norm(self, gradient: Tensor) -> Tensor:
+        return self.penalty._dual_norm(gradient)
+
+    def _conjugate(self, v: Tensor) -> Tensor:
+        return self.penalty._conjugate(v) + inner(v, self.anchor.to(v))
