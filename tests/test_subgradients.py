@@ -137,7 +137,9 @@ def test_fenchel_and_young_agree(case, dtype):
             size = case.size(w).sum().item() * v.abs().max().item()
             conjugate = penalty._conjugate(inside)
             assert conjugate.shape == ()
-            assert penalty(w).item() + conjugate.item() == pytest.approx(inner(v, w).item(), rel=1e-10, abs=1e-10 * size)
+            assert penalty(w).item() + conjugate.item() == pytest.approx(
+                inner(v, w).item(), rel=1e-10, abs=1e-10 * size
+            )
             for seed in range(3):
                 u = cases.weights(w.shape, dtype, seed=40 + seed)
                 product = inner(inside, u).item()

@@ -9,6 +9,10 @@ optimizer = tr.optim.ProxAdam(model.parameters(), lr=1e-3, regularizer=reg)     
 from torchreg import functional as functional
 from torchreg import optim as optim
 from torchreg import testing as testing
+from torchreg.certificates import Stationarity as Stationarity
+from torchreg.certificates import duality_gap as duality_gap
+from torchreg.certificates import lambda_max as lambda_max
+from torchreg.certificates import stationarity as stationarity
 from torchreg.groups import Columns as Columns
 from torchreg.groups import Groups as Groups
 from torchreg.groups import Rows as Rows

@@ -324,6 +324,8 @@ def attach(
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}; pass the optimizer itself")
+    if refusal := getattr(optimizer, "not_attachable", ""):
+        raise ValueError(f"{type(optimizer).__name__} {refusal}")
     if step_size is None:
         step_size = step_size_of(optimizer)
     elif not callable(step_size):

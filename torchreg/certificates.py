@@ -1,0 +1,363 @@
+"""Certificates: do the weights solve loss + penalty, how much is left to gain, and from which λ on are they zero?"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchreg import checks
+from torchreg.penalties import Penalty
+from torchreg.penalties.base import inner
+from torchreg.regularizer import Regularizer
+from torchreg.terms import Bound
+
+Closure = Callable[[], Tensor]
+"""Gives the data loss at the present weights, a 0-d tensor that autograd can follow, and calls no `backward()`."""
+
+
+@dataclass(frozen=True, repr=False)
+class Stationarity:
+    """How far −gradient of the data loss is from the subgradients of the penalty: 0 at a stationary point.
+
+    Attributes:
+        total: the Euclidean distance over all parameters that train.
+        relative: total / max(‖gradient‖, ‖subgradient‖), between 0 and 2 and free of the loss's scale. It is 1 where
+            no penalty acts and the gradient is not 0, however small that is.
+        by_term: the distance over the parameters of each term, by its key.
+        rest: ‖gradient‖ over the parameters that train without a penalty.
+    """
+
+    total: float
+    relative: float
+    by_term: Mapping[str, float]
+    rest: float
+
+    def __repr__(self) -> str:
+        terms = ", ".join(f"{key!r}: {value:.3g}" for key, value in self.by_term.items())
+        return (
+            f"Stationarity(total={self.total:.3g}, relative={self.relative:.3g}, "
+            f"by_term={{{terms}}}, rest={self.rest:.3g})"
+        )
+
+
+def stationarity(reg: Regularizer, closure: Closure | None = None) -> Stationarity:
+    """The Euclidean distance of −∇f(w) to ∂Ω(w), with f the data loss and Ω the penalty of `reg`, for any network.
+
+    It is 0 exactly where the weights are stationary: ∇f = −λ·sign(w) at the nonzero weights of L1 and |∇f| ≤ λ at its
+    zeros. For a convex problem these are the solutions. Frozen parameters do not count, and while `reg` is disabled
+    its penalties are 0.
+
+    Args:
+        reg: whose penalties to certify.
+        closure: returns the data loss on all the data, without `backward()`; `reg()` in it counts as 0. No `.grad`
+            changes. Put the model in evaluation mode first: dropout makes another loss of each call, and batch norm
+            would count this one in its running statistics. Without a closure `.grad` is read, as `backward()` of
+            the data loss left it: call it before `optimizer.step()` moves the weights.
+    Returns:
+        The distances as numbers, total and by term. Reading them waits for the device.
+    Raises:
+        TypeError: the closure returns no tensor.
+        ValueError: the closure's loss is not a scalar with a gradient; or, without a closure, `.grad` holds the
+            penalty's gradient too, or nothing at all.
+        NotImplementedError: a penalty does not say what its subgradients are.
+        RuntimeError: a selected parameter is computed by a parametrization.
+
+    >>> model = nn.Linear(3, 1)
+    >>> reg = Regularizer(model, L1(0.1))
+    >>> optimizer = tr.optim.ProxSGD(model.parameters(), lr=0.2, momentum=0.9, regularizer=reg)
+    >>> x, y = torch.eye(3), torch.tensor([[3.0], [0.2], [-0.2]])
+    >>> for step in range(1000):
+    ...     optimizer.zero_grad()
+    ...     nn.functional.mse_loss(model(x), y).backward()
+    ...     if tr.stationarity(reg).relative <= 1e-5:  # reads the .grad that is there anyway
+    ...         break
+    ...     optimizer.step()
+    >>> step < 999
+    True
+    >>> tr.stationarity(reg, lambda: nn.functional.mse_loss(model(x), y)).relative <= 1e-5
+    True
+    """
+    bounds, rest = _trainable(reg), _unpenalized(reg)
+    parameters = [*(bound.parameter() for bound in bounds), *rest]
+    gradients = _left_behind(reg, bounds, parameters) if closure is None else _evaluate(reg, closure, parameters)[1]
+    penalties = [*_penalties(reg, bounds), *(None for _ in rest)]
+    parts = [distances(*part) for part in zip(penalties, parameters, gradients, strict=True)]
+    own = list(zip(bounds, parts[: len(bounds)], strict=True))
+    total, relative = gathered(parts)
+    return Stationarity(
+        total,
+        relative,
+        {key: math.hypot(*(part[0] for bound, part in own if bound.term.key == key)) for key in reg},
+        math.hypot(*(part[0] for part in parts[len(bounds) :])),
+    )
+
+
+def lambda_max(reg: Regularizer, closure: Closure) -> dict[str, float]:
+    """The smallest λ at which all weights of a term are stationary at zero: where its regularization path starts.
+
+    The weights of every term are set to zero together (with `toward` to their anchor), the loss is evaluated once, and
+    all is put back bit for bit. λ_max = max|∇f| for L1, max‖∇f‖/weight over the groups for the group lasso. Parameters
+    without a penalty stay as they are: fit them first, with all weights at zero (the intercept, say). For a
+    linear model it is then global. For a deep network it is local, and often 0: at zero weights little has a gradient.
+
+    Args:
+        reg: whose terms to measure; `disabled()` makes no difference.
+        closure: returns the data loss, as in `stationarity`.
+    Returns:
+        By term, λ in units of the term's first strength that is not 0, with the others in proportion and `scale`
+        counted in: with a factor of 1, `reg[key].strength = value` puts it exactly there. A term whose strengths are
+        all 0 counts as if the first were 1. inf for a term that holds no weight at zero, such as L2; its weights then
+        stay as they are, and so does every parameter with a `scale` of 0.
+    Raises:
+        TypeError, ValueError, NotImplementedError, RuntimeError: as in `stationarity`; the weights are put back.
+
+    >>> model = nn.Linear(3, 1, bias=False)
+    >>> reg = Regularizer(model, L1(0.1))
+    >>> x, y = torch.eye(3), torch.tensor([[3.0], [0.6], [-0.3]])
+    >>> lambda_max(reg, lambda: nn.functional.mse_loss(model(x), y))
+    {'l1': 2.0}
+    """
+    units = {key: _unit(term.base) for key, term in reg.terms.items()}
+    bounds = _trainable(reg)
+    penalties = [units[bound.term.key].scaled(bound.scale) for bound in bounds]
+    parameters = [bound.parameter() for bound in bounds]
+    corners = {
+        i: torch.zeros_like(w) if bound.anchor is None else bound.anchor.to(w)
+        for i, (bound, penalty, w) in enumerate(zip(bounds, penalties, parameters, strict=True))
+        if penalty._dual_norm(torch.ones_like(checks.widened(w.detach()))) < math.inf
+    }
+    with _placed([parameters[i] for i in corners], list(corners.values())):
+        gradients = _evaluate(reg, closure, parameters)[1]
+    norms: dict[str, list[float]] = {key: [] for key in units}
+    for i in corners:
+        norms[bounds[i].term.key].append(penalties[i]._dual_norm(checks.widened(gradients[i])).item())
+    # amax keeps a NaN, where max would drop it.
+    return {
+        key: torch.tensor(found, dtype=torch.float64).amax().item() if found else math.inf
+        for key, found in norms.items()
+    }
+
+
+def duality_gap(reg: Regularizer, closure: Closure) -> float:
+    """An upper bound of (f + Ω)(w) − min(f + Ω), for a data loss f ≥ 0 that is convex in the selected weights.
+
+    So for linear models: what training further could still gain is at most this. It is 0 at the solution alone. The
+    minimum is over the selected weights that train; all other parameters are taken as they are.
+
+    With g = ∇f(w) and α ≤ 1 the largest for which Ω*(−αg) is finite, the gap is
+
+        Ω(w) + Ω*(−αg) + α⟨w, g⟩ + (1 − α)·f(w),
+
+    as f*(αg) ≤ α·f*(g) for a convex f ≥ 0. Where f is quadratic, (1 − α)² takes the place of (1 − α); for the lasso
+    that is scikit-learn's `dual_gap_`. It counts as quadratic if f(u) − f(w) = ½⟨u − w, ∇f(u) + ∇f(w)⟩ to rounding at
+    two points u about as far off as f can reach; the weights are then put back bit for bit.
+
+    Args:
+        reg: whose penalties to certify; while it is disabled Ω = 0.
+        closure: returns the data loss, as in `stationarity`. Whether it is convex is not checked.
+    Returns:
+        The bound, in units of the loss. Sums are taken in double precision on the CPU, the loss and its gradient as
+        the closure gives them.
+    Raises:
+        ValueError: a penalty is not convex, or the loss is negative where the bound needs f ≥ 0.
+        TypeError, NotImplementedError, RuntimeError: as in `stationarity`.
+    Source: Boyd and Vandenberghe, 2004, section 5.5, for the gap; Massias, Gramfort and Salmon, 2018, for scaling.
+
+    >>> model = nn.Linear(3, 1, bias=False)
+    >>> reg = Regularizer(model, L1(0.5))
+    >>> x, y = torch.eye(3), torch.tensor([[3.0], [0.6], [-0.3]])
+    >>> solution = torch.tensor([[2.25, 0.0, 0.0]])  # of MSE + ½Σ|w|: 3 less λ·n/2
+    >>> _ = model.load_state_dict({"weight": solution})
+    >>> duality_gap(reg, lambda: nn.functional.mse_loss(model(x), y)) < 1e-6
+    True
+    """
+    bounds = _trainable(reg)
+    for bound in bounds:
+        if not bound.penalty.convex:
+            raise ValueError(
+                f"{bound.name} has the penalty {bound.penalty!r}, which is not convex, so that no dual bounds its "
+                "minimum; use stationarity(reg, closure)"
+            )
+    penalties = _penalties(reg, bounds)
+    parameters = [bound.parameter() for bound in bounds]
+    loss, gradients = _evaluate(reg, closure, parameters)
+    f, ws, gs = loss.item(), _exact(parameters), _exact(gradients)
+    value = sum(penalty._value(w).item() for penalty, w in zip(penalties, ws, strict=True))
+    slope = _inner(ws, gs)
+    if not math.isfinite(f + value + slope):
+        return math.nan
+    alpha, conjugate = _dual_point(penalties, gs)
+    short = 1 - alpha
+    if short > 0:
+        _check_nonnegative(f)
+        if _is_quadratic(reg, closure, parameters, loss, gradients):
+            short *= short
+    return max(0.0, value + conjugate + alpha * slope + short * f)
+
+
+# ---------------------------------------------------------------------- distances
+
+
+def distances(penalty: Penalty | None, w: Tensor, gradient: Tensor) -> tuple[float, float, float]:
+    """‖gradient + subgradient‖, ‖gradient‖ and ‖subgradient‖ of one parameter, in one read of the device."""
+    w, gradient = checks.widened(w.detach()), checks.widened(gradient)
+    subgradient = torch.zeros_like(gradient) if penalty is None else penalty._subgradient(w, gradient)
+    norms = [torch.linalg.vector_norm(x) for x in (gradient + subgradient, gradient, subgradient)]
+    distance, slope, pull = torch.stack(norms).tolist()
+    return distance, slope, pull
+
+
+def gathered(parts: Iterable[tuple[float, float, float]]) -> tuple[float, float]:
+    """The `distances` of several parameters as one: total and relative."""
+    total, slope, pull = (math.hypot(*column) for column in zip((0.0, 0.0, 0.0), *parts, strict=True))
+    return total, total / max(slope, pull, sys.float_info.min)  # 0/0 is 0, and a NaN stays one
+
+
+# ---------------------------------------------------------------------- parameters and gradients
+
+
+def _trainable(reg: Regularizer) -> list[Bound]:
+    """The selected parameters, but for the frozen ones."""
+    bounds = reg._current()
+    for bound in bounds:
+        if bound.selected.computed:
+            raise RuntimeError(
+                f"{bound.name} is computed by a parametrization, so it is no parameter to be certified; remove the "
+                "parametrization, or exclude it"
+            )
+    return [bound for bound in bounds if bound.parameter().requires_grad]
+
+
+def _unpenalized(reg: Regularizer) -> list[Tensor]:
+    """The parameters that train and are not selected."""
+    selected = {id(parameter) for _, parameter in reg.named_parameters()}
+    return [w for w in reg.model.parameters() if w.requires_grad and id(w) not in selected]
+
+
+def _penalties(reg: Regularizer, bounds: Sequence[Bound]) -> list[Penalty]:
+    return [bound.penalty if reg.enabled else bound.penalty.scaled(0.0) for bound in bounds]
+
+
+def _unit(penalty: Penalty) -> Penalty:
+    """`penalty` with its first strength that is not 0 at 1, and the others in proportion."""
+    strengths = {name: getattr(penalty, name) for name in penalty.strengths}
+    first = next((name for name, value in strengths.items() if value != 0), penalty.strengths[0])
+    unit = {name: value / (strengths[first] or 1.0) for name, value in strengths.items()}
+    return dataclasses.replace(penalty, **{**unit, first: 1.0})
+
+
+def _evaluate(reg: Regularizer, closure: Closure, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The data loss and its gradients; a parameter that it does not use has zeros."""
+    with reg.disabled(), torch.enable_grad():
+        loss = closure()
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"the closure returned a {type(loss).__name__}; it must return the data loss, a 0-d tensor")
+        if loss.dim() != 0 or not loss.is_floating_point():
+            raise ValueError(
+                f"the closure returned a tensor of shape {tuple(loss.shape)} and {loss.dtype}, and not a real scalar; "
+                "reduce it first, as with reduction='mean'"
+            )
+        if not loss.requires_grad:
+            raise ValueError(
+                "the closure's loss has no gradient; compute it from the model's parameters, outside torch.no_grad() "
+                "and without .item() or .detach()"
+            )
+        gradients: Sequence[Tensor] = ()
+        if parameters:
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    return loss.detach(), [gradient.to_dense() for gradient in gradients]
+
+
+def _left_behind(reg: Regularizer, bounds: Sequence[Bound], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """What `backward()` left in `.grad`, where that is the gradient of the data loss alone."""
+    held = {id_ for route in reg._live_routes() for id_ in route.held()}
+    if loose := [bound.name for bound in bounds if id(bound.parameter()) not in held]:
+        raise ValueError(
+            f"{', '.join(loose)} may be regularized in the loss, and then .grad holds the penalty's gradient too; pass "
+            "a closure that returns the data loss: stationarity(reg, lambda: criterion(model(x), y))"
+        )
+    if parameters and all(w.grad is None for w in parameters):
+        raise ValueError(
+            "no parameter has a .grad; call it after loss.backward() and before zero_grad(), or pass a closure that "
+            "returns the data loss"
+        )
+    return [torch.zeros_like(w) if w.grad is None else w.grad.to_dense() for w in parameters]
+
+
+@contextlib.contextmanager
+def _placed(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+    """Other values inside a `with` block; every bit comes back after it."""
+    before = [w.detach().clone() for w in parameters]
+    try:
+        for w, value in zip(parameters, values, strict=True):
+            w.data.copy_(value)  # .data: graphs that the caller holds stay valid, as nothing will have changed
+        yield
+    finally:
+        for w, value in zip(parameters, before, strict=True):
+            w.data.copy_(value)
+
+
+# ---------------------------------------------------------------------- the dual
+
+
+def _exact(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """In double precision, on the CPU: not every device has it."""
+    return [w.detach().to("cpu", torch.complex128 if w.is_complex() else torch.float64) for w in tensors]
+
+
+def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    return math.fsum(inner(x, y).item() for x, y in zip(a, b, strict=True))
+
+
+def _check_nonnegative(f: float) -> None:
+    if f < 0:
+        raise ValueError(
+            f"the data loss is {f:g}, and the bound needs one that is never negative; add a constant to it, or use "
+            "stationarity(reg, closure)"
+        )
+
+
+def _dual_point(penalties: Sequence[Penalty], gradients: Sequence[Tensor]) -> tuple[float, float]:
+    """The largest α ≤ 1 for which Ω*(−α·gradient) is finite, and Ω* there."""
+
+    def conjugates(alpha: float) -> list[float]:
+        return [p._conjugate(-alpha * g).item() for p, g in zip(penalties, gradients, strict=True)]
+
+    inside = [value < math.inf for value in conjugates(1.0)]
+    norms = [p._dual_norm(g).item() for p, g, fine in zip(penalties, gradients, inside, strict=True) if not fine]
+    alpha, shrink = min([1.0, *(1 / norm for norm in norms)]), sys.float_info.epsilon
+    # 1/norm may round to the outside; at α = 0 every conjugate is finite.
+    while (conjugate := math.fsum(conjugates(alpha))) == math.inf:
+        alpha, shrink = alpha * (1 - shrink), 2 * shrink
+    return alpha, conjugate
+
+
+def _is_quadratic(
+    reg: Regularizer, closure: Closure, parameters: Sequence[Tensor], loss: Tensor, gradients: Sequence[Tensor]
+) -> bool:
+    """The trapezoidal rule holds between the weights and two points off them, which it does for quadratics alone."""
+    f, ws, gs = loss.item(), _exact(parameters), _exact(gradients)
+    squared = _inner(gs, gs)
+    # A half of a precise dtype's digits; half-precision losses are too coarse to tell.
+    tolerance = min(1e-3, max(torch.finfo(x.dtype).eps for x in (loss, *parameters)) ** 0.5)
+    for frequency in (0.0, 1.0):  # straight downhill, and a direction of no meaning
+        # At 2f/‖g‖ downhill the tangent has fallen to −f: no f ≥ 0 can still be like it there.
+        turned = [g * torch.cos(frequency * torch.arange(g.numel()).reshape(g.shape)) for g in gs]
+        goal = [w - 2 * f / squared * g for w, g in zip(ws, turned, strict=True)]
+        with _placed(parameters, goal):
+            other, slopes = _evaluate(reg, closure, parameters)
+            steps = [u - w for u, w in zip(_exact(parameters), ws, strict=True)]
+        f_other, others = other.item(), _exact(slopes)
+        _check_nonnegative(f_other)
+        risen = (_inner(steps, gs) + _inner(steps, others)) / 2
+        size = f + f_other + math.sqrt(_inner(steps, steps)) * (math.sqrt(squared) + math.sqrt(_inner(others, others)))
+        if not abs(f_other - f - risen) <= tolerance * size < math.inf:
+            return False
+    return True

@@ -1,0 +1,281 @@
+"""FISTA: convex problems to the solution, on all the data, with a line search and a certificate to stop on."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from torchreg import checks
+from torchreg.certificates import distances, gathered
+from torchreg.optim.attachment import Attachment
+from torchreg.optim.step_sizes import STEP_SIZES
+from torchreg.optim.swap_ins import Proximal
+from torchreg.penalties import Penalty
+from torchreg.penalties.base import inner
+from torchreg.regularizer import Regularizer
+
+
+@dataclass
+class Point:
+    """Weights, with the loss and its gradients there."""
+
+    weights: list[Tensor]
+    loss: Any  # as the closure returned it
+    value: float
+    gradients: list[Tensor]
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.value) and math.isfinite(_norm(self.gradients))
+
+
+class FISTA(Proximal):
+    """Accelerated proximal gradient for min f(w) + Ω(w): w⁺ = prox(y − s∇f(y), s), y = w⁺ + β(w⁺ − w).
+
+    For convex losses over all the data: lasso, logistic regression and their kin, to full precision and with exact
+    zeros. A line search finds the step s, for which f(w⁺) ≤ f(y) + ⟨∇f(y), w⁺ − y⟩ + ‖w⁺ − y‖²/(2s); the momentum β
+    starts anew where it points uphill. A step evaluates the closure twice, and once more for each s that is refused.
+
+    It stops on a certificate: once `stationarity` ≤ `tol`, a step leaves the weights as they are, until a strength or
+    the loss changes. So a path of strengths starts each solution from the last.
+
+    Args:
+        params: the parameters to move, in one group. Those without a penalty take the gradient step alone.
+        regularizer: whose penalties to apply; `params` must hold all that it selects.
+        lr: the first trial of s. Any size serves, at the price of a few evaluations.
+        tol: the relative distance of −∇f to ∂Ω at which to stop. What the weights' precision reaches is about 1e-4
+            in float32 and 1e-11 in float64.
+        partial: allow that `params` lacks some selected parameters; another optimizer may carry those.
+    Attributes:
+        stationarity: ‖∇f + v‖ / max(‖∇f‖, ‖v‖) at the weights, with v the nearest subgradient of Ω, over all of
+            `params`; inf before the first step. See `torchreg.stationarity`.
+        converged: `stationarity` ≤ `tol`.
+    Raises:
+        ValueError: a penalty is not convex, a selected parameter is missing or already has a prox, there are several
+            groups, or `lr` is not positive.
+        NotImplementedError: a penalty does not say what its subgradients are.
+    Source: Beck and Teboulle, 2009; O'Donoghue and Candès, 2015, for the restart.
+
+    >>> model = nn.Linear(3, 1, bias=False)
+    >>> reg = Regularizer(model, L1(0.5))
+    >>> x, y = torch.eye(3), torch.tensor([[3.0], [0.6], [-0.3]])
+    >>> optimizer = FISTA(model.parameters(), reg, tol=1e-5)
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = nn.functional.mse_loss(model(x), y)
+    ...     loss.backward()
+    ...     return loss
+    >>> for step in range(100):
+    ...     loss = optimizer.step(closure)
+    ...     if optimizer.converged:
+    ...         break
+    >>> model.weight.detach()
+    tensor([[2.2500, 0.0000, 0.0000]])
+    """
+
+    not_attachable: ClassVar[str] = (
+        "takes its prox inside its line search, where a prox after the step would undo it; give it the regularizer at "
+        "construction: FISTA(params, regularizer)"
+    )
+
+    def __init__(
+        self, params: Any, regularizer: Regularizer, lr: float = 1.0, tol: float = 1e-8, *, partial: bool = False
+    ) -> None:
+        lr = checks.nonnegative("lr", lr, "it is the first trial of the line search, such as 1.0")
+        if lr == 0:
+            raise ValueError("lr=0 never moves; it is the first trial of the line search, such as 1.0")
+        tol = checks.nonnegative("tol", tol, "it is the relative distance at which to stop, such as 1e-8")
+        # What the steps carry on stands in the group too, so that every copy and checkpoint has it.
+        defaults = {"lr": lr, "tol": tol, "step_size": None, "t": 1.0, "stationarity": math.inf}
+        super().__init__(params, defaults, regularizer=regularizer, partial=partial)
+        assert isinstance(self.attachment, Attachment)
+        try:
+            for bound in self.attachment.held().values():
+                if not bound.penalty.convex:
+                    raise ValueError(
+                        f"{bound.name} has the penalty {bound.penalty!r}, which is not convex: momentum and the line "
+                        "search need that it is; use ProxSGD or ProxAdam"
+                    )
+                if not is_lazy(w := bound.parameter()):
+                    bound.penalty.subgradient(w, torch.zeros_like(w))
+        except Exception:
+            self.attachment.remove()
+            raise
+
+    @property
+    def stationarity(self) -> float:
+        """The relative distance of −∇f to ∂Ω at the weights, as the last step found it."""
+        return float(self.param_groups[0]["stationarity"])
+
+    @property
+    def converged(self) -> bool:
+        """The last step found `stationarity` ≤ `tol`."""
+        return self.stationarity <= self.param_groups[0]["tol"]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds the one group that there can be: the line search has one step for all."""
+        if self.param_groups:
+            raise ValueError("FISTA has one step for all parameters, so it takes one group; join them: [*a, *b]")
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One accelerated step, or none where the weights are stationary already.
+
+        Args:
+            closure: computes the data loss on all the data, calls `backward()` and returns the loss. It is called
+                several times, with the regularizer disabled, so that `reg()` in it counts as 0. Gradients are zeroed
+                before each call. A parameter that the loss does not use has the gradient 0.
+        Returns:
+            What `closure` returned at the weights that the step leaves; `.grad` is the gradient there.
+        Raises:
+            TypeError: there is no closure, or it returns no number.
+            RuntimeError: the loss or its gradient is not finite at the weights. They are put back, as after any error.
+        """
+        if not callable(closure):
+            raise TypeError(
+                "FISTA evaluates the loss several times a step, so it needs a closure: optimizer.step(closure), where "
+                "closure() computes the loss, calls backward() and returns the loss"
+            )
+        params = [w for w in self.param_groups[0]["params"] if w.requires_grad]
+        start = [w.clone() for w in params]
+        try:
+            return self._step(closure, params, start)
+        except BaseException:
+            _write(params, start)
+            raise
+
+    def _step(self, closure: Callable[[], Any], params: list[Tensor], start: list[Tensor]) -> Any:
+        group = self.param_groups[0]
+        carried = {} if self.attachment is None else self.attachment.penalties(self)
+        penalties = [carried.get(id(w)) for w in params]
+        longer = (1 + math.sqrt(1 + 4 * group["t"] ** 2)) / 2
+        momentum = (group["t"] - 1) / longer
+        if momentum:
+            _write(
+                params,
+                [x + momentum * (x - self.state[w].get("previous", x)) for w, x in zip(params, start, strict=True)],
+            )
+        here = self._evaluate(closure, params)
+        if momentum and not here.finite:  # it has carried the weights out of the loss's domain
+            momentum = 0.0
+            _write(params, start)
+            here = self._evaluate(closure, params)
+        if not here.finite:
+            raise RuntimeError(
+                f"the loss is {here.value:g} and its gradient's norm {_norm(here.gradients):g}, and a step needs both "
+                "finite; start from other weights, or look for a NaN in the data"
+            )
+        if not momentum:
+            group["stationarity"] = _certificate(penalties, here)
+            if self.converged:
+                self._start_anew(params)
+                return here.loss
+        step = group["step_size"] or group["lr"]
+        while True:
+            _write(params, [_moved(*part, step) for part in zip(penalties, here.weights, here.gradients, strict=True)])
+            there = self._evaluate(closure, params)
+            least, most = _curvature(here, there, step)
+            if step * least <= 1:
+                break
+            step = step * 1e-3 if math.isinf(least) else min(step / 2, 0.9 / least)
+        uphill = _inner(_difference(here.weights, there.weights), _difference(there.weights, start)) > 0
+        short = not momentum and step * most < 0.5  # only without momentum may the step grow
+        group["step_size"] = min(10 * step, 0.9 / most if most else math.inf) if short else step
+        group["stationarity"] = _certificate(penalties, there)
+        if uphill or short or self.converged:
+            self._start_anew(params)
+        else:
+            group["t"] = longer
+            for w, x in zip(params, start, strict=True):
+                self.state[w]["previous"] = x
+        return there.loss
+
+    def _start_anew(self, params: Sequence[Tensor]) -> None:
+        """Forgets the momentum."""
+        self.param_groups[0]["t"] = 1.0
+        for w in params:
+            self.state.pop(w, None)
+
+    def _evaluate(self, closure: Callable[[], Any], params: Sequence[Tensor]) -> Point:
+        regularizer = self.regularizer if getattr(self.attachment, "active", False) else None
+        self.zero_grad()  # a fresh .grad at each point: those of the last one are still in use
+        with torch.enable_grad(), contextlib.nullcontext() if regularizer is None else regularizer.disabled():
+            loss = closure()
+        try:
+            value = float(loss)
+        except (TypeError, ValueError, RuntimeError):
+            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"the closure returned {what}; it must return the loss, a single number") from None
+        gradients = [torch.zeros_like(w) if w.grad is None else w.grad.to_dense() for w in params]
+        return Point([w.clone() for w in params], loss, value, gradients)
+
+
+def _step_size(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> float:
+    """The step that the line search found last."""
+    return float(group["step_size"] or group["lr"])
+
+
+FISTA._stock = FISTA
+STEP_SIZES[FISTA] = _step_size
+
+
+def _moved(penalty: Penalty | None, w: Tensor, gradient: Tensor, step: float) -> Tensor:
+    """prox(w − step·gradient, step)."""
+    new = w - step * gradient
+    return new if penalty is None else penalty.prox_(new, step)
+
+
+def _curvature(here: Point, there: Point, step: float) -> tuple[float, float]:
+    """2·(f(u) − f(w) − ⟨∇f(w), u − w⟩)/‖u − w‖² from below and above, as far as rounding tells.
+
+    A step must not exceed its inverse.
+    """
+    move = _difference(there.weights, here.weights)
+    length = _norm(move)
+    if not (there.finite and math.isfinite(length * length)):
+        return math.inf, math.inf
+    if length == 0:
+        return 0.0, 0.0
+    eps = max(torch.finfo(w.dtype).eps for w in (*move, *_tensors(there.loss)))
+    slope = _inner(here.gradients, move)
+    above, doubt = there.value - here.value - slope, 0.0
+    if length * length / (2 * step) <= 1e3 * eps * (abs(here.value) + abs(there.value) + abs(slope)):
+        # Near the solution the losses differ by less than they round. The gradients still tell: of a quadratic
+        # exactly, of any other up to the third order of a move that is short by now.
+        above = _inner(_difference(there.gradients, here.gradients), move) / 2
+        doubt = 16 * eps * length * (_norm(here.gradients) + _norm(there.gradients))
+    return max(0.0, 2 * (above - doubt) / length / length), max(0.0, 2 * (above + doubt) / length / length)
+
+
+def _certificate(penalties: Sequence[Penalty | None], point: Point) -> float:
+    return gathered(distances(*part) for part in zip(penalties, point.weights, point.gradients, strict=True))[1]
+
+
+def _write(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for w, value in zip(params, values, strict=True):
+        w.copy_(value)
+
+
+def _difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+    return [x - y for x, y in zip(a, b, strict=True)]
+
+
+def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    return math.fsum(inner(x, y).item() for x, y in zip(a, b, strict=True))
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return math.hypot(*(torch.linalg.vector_norm(x).item() for x in tensors))
+
+
+def _tensors(loss: Any) -> list[Tensor]:
+    return [loss] if isinstance(loss, Tensor) else []
