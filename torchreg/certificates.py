@@ -308,8 +308,8 @@ def _placed(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[
 
 
 def _exact(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """In double precision, on the CPU: not every device has it."""
-    return [w.detach().to("cpu", torch.complex128 if w.is_complex() else torch.float64) for w in tensors]
+    """Copies in double precision, on the CPU: not every device has it."""
+    return [w.detach().to("cpu", torch.complex128 if w.is_complex() else torch.float64, copy=True) for w in tensors]
 
 
 def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:

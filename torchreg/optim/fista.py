@@ -160,10 +160,8 @@ class FISTA(Proximal):
         longer = (1 + math.sqrt(1 + 4 * group["t"] ** 2)) / 2
         momentum = (group["t"] - 1) / longer
         if momentum:
-            _write(
-                params,
-                [x + momentum * (x - self.state[w].get("previous", x)) for w, x in zip(params, start, strict=True)],
-            )
+            moves = [self.state[w].get("move", 0.0) for w in params]
+            _write(params, [x + momentum * move for x, move in zip(start, moves, strict=True)])
         here = self._evaluate(closure, params)
         if momentum and not here.finite:  # it has carried the weights out of the loss's domain
             momentum = 0.0
@@ -196,7 +194,7 @@ class FISTA(Proximal):
         else:
             group["t"] = longer
             for w, x in zip(params, start, strict=True):
-                self.state[w]["previous"] = x
+                self.state[w]["move"] = w - x
         return there.loss
 
     def _start_anew(self, params: Sequence[Tensor]) -> None:

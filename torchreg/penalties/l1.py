@@ -54,7 +54,8 @@ class L1(Penalty):
 
     def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
         limit = min(self.strength, torch.finfo(w.dtype).max)  # clamp refuses a number beyond the range of w
-        return torch.where(w == 0, -gradient.sgn() * gradient.abs().clamp(max=limit), limit * w.sgn())
+        at_zero = -gradient.sgn() * gradient.abs().clamp(max=limit)
+        return torch.where(w == 0, at_zero, limit * (w / w.abs()))  # the sign of a NaN would be 0
 
     def _dual_norm(self, gradient: Tensor) -> Tensor:
         return over(largest(gradient), self.strength)
