@@ -342,7 +342,7 @@ LOSSES = {
     "poisson": lambda z, y: (z.exp() - y.abs().round() * z).mean() + 5.0,
     "quartic": lambda z, y: (z - y).pow(4).mean(),
 }
-PENALTIES = [tr.L1(0.1), tr.L1(0.001), tr.L1(0.0), tr.L2(0.05), tr.ElasticNet(0.05, 0.02), tr.ElasticNet(0.02, 0.0)]
+PENALTIES = [tr.L1(0.1), tr.L1(0.001), tr.L1(0.0), tr.L2(0.05), tr.ElasticNet(0.05, 0.02)]
 
 
 def solver(reg, closure, **settings):
@@ -375,7 +375,7 @@ def test_no_weights_are_better_than_the_gap_says(penalty, name):
     for size in [0.0, 1e-6, 0.3]:
         put(model, size * torch.randn(1, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
         step = solver(reg, closure)
-        for _ in range(10):
+        for _ in range(6):
             uppers.append((closure() + reg()).item())
             lowers.append(uppers[-1] - tr.duality_gap(reg, closure))
             step()
