@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import torchreg as tr
-from tests.cases import same_bits
+from tests import cases
+from tests.cases import every_case, same_bits
 from tests.models import Halved, array, batch, mlp, same, snapshot
 from tests.oracles import diabetes
 
@@ -317,6 +318,30 @@ def test_a_nan_gradient_gives_a_nan_lambda_max():
     reg = tr.Regularizer(model, tr.L1(0.1))
     assert math.isnan(tr.lambda_max(reg, lambda: model[0].weight.sum() + math.nan * model[1].weight.sum())["l1"])
     assert math.isnan(tr.lambda_max(reg, lambda: model[1].weight.sum() + math.nan * model[0].weight.sum())["l1"])
+
+
+@every_case
+def test_from_lambda_max_on_the_weights_are_stationary_at_zero_whatever_the_penalty(case):
+    x, _ = diabetes()
+    targets = cases.weights((442, 3), seed=1)
+    model = nn.Linear(10, 3, bias=False, dtype=torch.float64)
+    corner = case.anchor(model.weight.detach())
+    reg = tr.Regularizer(model, case.penalty, toward={"weight": corner} if case.anchored else None)
+    (term,) = reg.terms.values()
+
+    def closure():
+        return (model(x) - targets).square().mean()
+
+    limit = tr.lambda_max(reg, closure)[term.key]
+    first = next((value for value in term.strengths.values() if value), None)
+    assert limit > 0
+    put(model, corner)
+    if first is None or limit == math.inf:
+        assert first is None or tr.stationarity(reg, closure).total > 0
+        return
+    for scale in [1.0000001, 0.999]:
+        term.factor = scale * limit / first
+        assert (tr.stationarity(reg, closure).total == 0) == (scale > 1)
 
 
 # ---------------------------------------------------------------------- duality gap

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import torchreg as tr
+from tests import cases
 from tests.models import Lazy, mlp, same, snapshot
 from tests.oracles import diabetes
 
@@ -172,6 +173,34 @@ def test_complex_weights_converge_too():
         optimizer.step(closure)
     assert tr.duality_gap(reg, loss) < 1e-10
     assert (model.w != 0).tolist() == [True, False, False, True, False, False]
+
+
+@cases.every_case
+def test_it_solves_with_every_penalty(case):
+    x, y = diabetes()
+    targets = torch.stack([y, y.square(), (y / 30).sin()], dim=1)
+    targets = (targets - targets.mean(0)) / targets.std(0)
+    torch.manual_seed(0)
+    model = nn.Linear(10, 3, bias=False, dtype=torch.float64)
+    anchor = {"weight": case.anchor(model.weight.detach())} if case.anchored else None
+    reg = tr.Regularizer(model, case.penalty.scaled(0.1), toward=anchor)
+    optimizer = tr.optim.FISTA(model.parameters(), reg, tol=1e-7)
+
+    def loss():
+        return 0.5 * (model(x) - targets).square().sum(1).mean()
+
+    def closure():
+        value = loss()
+        value.backward()
+        return value
+
+    for _ in range(300):
+        optimizer.step(closure)
+    if case.penalty.is_zero:
+        assert torch.allclose(model.weight, torch.linalg.lstsq(x, targets).solution.T, atol=1e-6)
+    else:
+        assert optimizer.converged
+        assert tr.duality_gap(reg, loss) < 1e-6
 
 
 # ---------------------------------------------------------------------- its step and its stop
@@ -440,6 +469,10 @@ def test_a_step_needs_a_closure_that_returns_a_number():
         optimizer.step(lambda: None)
     with pytest.raises(TypeError, match=r"^the closure returned a tensor of shape \(2,\); it must return the loss"):
         optimizer.step(lambda: torch.ones(2))
+    with pytest.raises(
+        RuntimeError, match=r"^the closure left no gradient in the optimizer's parameters; call loss\.back"
+    ):
+        optimizer.step(p.loss)
     assert same(before, snapshot(p.model))
 
 
@@ -463,6 +496,21 @@ def test_after_an_error_the_weights_are_those_before_the_step(calls):
         assert same(before, snapshot(p.model))
     optimizer.step(p.closure)
     assert not same(before, snapshot(p.model))
+
+
+def test_a_closure_that_is_finite_only_now_and_then_is_no_endless_loop():
+    p = problem(tr.L1(0.01))
+    optimizer, before, turns = p.fista(), snapshot(p.model), []
+
+    def closure():
+        turns.append(1)
+        return p.closure() * (1 if len(turns) == 1 else math.nan)
+
+    with pytest.raises(
+        RuntimeError, match=r"^no step is short enough for a finite loss, .* make the closure determini"
+    ):
+        optimizer.step(closure)
+    assert same(before, snapshot(p.model))
 
 
 def test_a_loss_that_is_not_finite_is_refused_at_the_weights_and_avoided_elsewhere():

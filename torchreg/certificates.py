@@ -345,6 +345,8 @@ def _is_quadratic(
     """The trapezoidal rule holds between the weights and two points off them, which it does for quadratics alone."""
     f, ws, gs = loss.item(), _exact(parameters), _exact(gradients)
     squared = _inner(gs, gs)
+    if squared == 0:  # it has underflowed
+        return False
     # A half of a precise dtype's digits; half-precision losses are too coarse to tell.
     tolerance = min(1e-3, max(torch.finfo(x.dtype).eps for x in (loss, *parameters)) ** 0.5)
     for frequency in (0.0, 1.0):  # straight downhill, and a direction of no meaning

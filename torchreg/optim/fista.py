@@ -138,7 +138,8 @@ class FISTA(Proximal):
             What `closure` returned at the weights that the step leaves; `.grad` is the gradient there.
         Raises:
             TypeError: there is no closure, or it returns no number.
-            RuntimeError: the loss or its gradient is not finite at the weights. They are put back, as after any error.
+            RuntimeError: the closure calls no `backward()`, or the loss is not finite at the weights. They are put back
+                then, as after any error.
         """
         if not callable(closure):
             raise TypeError(
@@ -185,6 +186,11 @@ class FISTA(Proximal):
             if step * least <= 1:
                 break
             step = step * 1e-3 if math.isinf(least) else min(step / 2, 0.9 / least)
+            if not step:
+                raise RuntimeError(
+                    "no step is short enough for a finite loss, though it is finite where the step starts; make the "
+                    "closure deterministic: the same batch each time, and no dropout"
+                )
         uphill = _inner(_difference(here.weights, there.weights), _difference(there.weights, start)) > 0
         short = not momentum and step * most < 0.5  # only without momentum may the step grow
         group["step_size"] = min(10 * step, 0.9 / most if most else math.inf) if short else step
@@ -213,6 +219,11 @@ class FISTA(Proximal):
         except (TypeError, ValueError, RuntimeError):
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(f"the closure returned {what}; it must return the loss, a single number") from None
+        if params and all(w.grad is None for w in params):
+            raise RuntimeError(
+                "the closure left no gradient in the optimizer's parameters; call loss.backward() in it, and compute the "
+                "loss from the model that they belong to"
+            )
         gradients = [torch.zeros_like(w) if w.grad is None else w.grad.to_dense() for w in params]
         return Point([w.clone() for w in params], loss, value, gradients)
 
