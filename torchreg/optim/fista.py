@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -51,8 +52,8 @@ class FISTA(Proximal):
         params: the parameters to move, in one group. Those without a penalty take the gradient step alone.
         regularizer: whose penalties to apply; `params` must hold all that it selects.
         lr: the first trial of s. Any size serves, at the price of a few evaluations.
-        tol: the relative distance of −∇f to ∂Ω at which to stop. What the weights' precision reaches is about 1e-4
-            in float32 and 1e-11 in float64.
+        tol: the relative distance of −∇f to ∂Ω at which to stop. Reachable are about 1e-12 in float64 and, by the
+            conditioning of the data, 1e-4 to 1e-7 in float32. With no penalty in force the distance is 1.
         partial: allow that `params` lacks some selected parameters; another optimizer may carry those.
     Attributes:
         stationarity: ‖∇f + v‖ / max(‖∇f‖, ‖v‖) at the weights, with v the nearest subgradient of Ω, over all of
@@ -165,9 +166,9 @@ class FISTA(Proximal):
             _write(params, [x + momentum * move for x, move in zip(start, moves, strict=True)])
         here = self._evaluate(closure, params)
         if momentum and not here.finite:  # it has carried the weights out of the loss's domain
-            momentum = 0.0
+            self._start_anew(params)
             _write(params, start)
-            here = self._evaluate(closure, params)
+            return self._step(closure, params, start)
         if not here.finite:
             raise RuntimeError(
                 f"the loss is {here.value:g} and its gradient's norm {_norm(here.gradients):g}, and a step needs both "
@@ -214,18 +215,17 @@ class FISTA(Proximal):
         self.zero_grad()  # a fresh .grad at each point: those of the last one are still in use
         with torch.enable_grad(), contextlib.nullcontext() if regularizer is None else regularizer.disabled():
             loss = closure()
-        try:
-            value = float(loss)
-        except (TypeError, ValueError, RuntimeError):
+        value = loss.item() if isinstance(loss, Tensor) and loss.numel() == 1 else loss
+        if not isinstance(value, Real):
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise TypeError(f"the closure returned {what}; it must return the loss, a single number") from None
+            raise TypeError(f"the closure returned {what}; it must return the loss, a single number")
         if params and all(w.grad is None for w in params):
             raise RuntimeError(
-                "the closure left no gradient in the optimizer's parameters; call loss.backward() in it, and compute the "
-                "loss from the model that they belong to"
+                "the closure left no gradient in the optimizer's parameters; call loss.backward() in it, and compute "
+                "the loss from the model that they belong to"
             )
         gradients = [torch.zeros_like(w) if w.grad is None else w.grad.to_dense() for w in params]
-        return Point([w.clone() for w in params], loss, value, gradients)
+        return Point([w.clone() for w in params], loss, float(value), gradients)
 
 
 def _step_size(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> float:
