@@ -408,6 +408,30 @@ def test_no_weights_are_better_than_the_gap_says(penalty, name):
     assert max(lowers) <= min(uppers) * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("power", [1.0, 1.25, 1.5, 2.0, 3.0])
+@pytest.mark.parametrize("delta", [1e-3, 0.5, 10.0])
+def test_only_a_quadratic_gets_the_sharper_bound(delta, power):
+    # One weight, a loss of |w − 1| that is symmetric about 1, and λ at half the slope at 0: the minimum is at 1 or 0.
+    model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    nn.init.zeros_(model.weight)
+
+    def closure():
+        off = (model.weight - 1).abs().pow(power).sum()
+        return F.huber_loss(off, torch.zeros_like(off), delta=delta) if power == 1 else off
+
+    reg = tr.Regularizer(model, tr.L1(1.0))
+    slope = tr.lambda_max(reg, closure)["l1"]
+    reg["l1"].strength = slope / 2
+    start = closure().item()
+    grid = np.linspace(0, 1, 10001)
+    off = np.abs(grid - 1) ** power
+    losses = np.where(off <= delta, off**2 / 2, delta * (off - delta / 2)) if power == 1 else off
+    gap = tr.duality_gap(reg, closure)
+    assert gap >= start - (losses + slope / 2 * grid).min() - 1e-9
+    quadratic = power == 2 or (power == 1 and delta == 10)
+    assert gap == pytest.approx(start / 4 if quadratic else start / 2, rel=1e-9)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("penalty", [tr.L1(0.1), tr.L2(0.1), tr.ElasticNet(0.05, 0.02)], ids=str)
 def test_the_gap_tends_to_0(penalty, name):

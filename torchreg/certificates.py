@@ -157,7 +157,7 @@ def duality_gap(reg: Regularizer, closure: Closure) -> float:
 
     as f*(αg) ≤ α·f*(g) for a convex f ≥ 0. Where f is quadratic, (1 − α)² takes the place of (1 − α); for the lasso
     that is scikit-learn's `dual_gap_`. It counts as quadratic if f(u) − f(w) = ½⟨u − w, ∇f(u) + ∇f(w)⟩ to rounding at
-    two points u about as far off as f can reach; the weights are then put back bit for bit.
+    three points u about as far off as f can fall; the weights are then put back bit for bit.
 
     Args:
         reg: whose penalties to certify; while it is disabled Ω = 0.
@@ -342,17 +342,18 @@ def _dual_point(penalties: Sequence[Penalty], gradients: Sequence[Tensor]) -> tu
 def _is_quadratic(
     reg: Regularizer, closure: Closure, parameters: Sequence[Tensor], loss: Tensor, gradients: Sequence[Tensor]
 ) -> bool:
-    """The trapezoidal rule holds between the weights and two points off them, which it does for quadratics alone."""
+    """The trapezoidal rule holds between the weights and three points off them, as for quadratics alone."""
     f, ws, gs = loss.item(), _exact(parameters), _exact(gradients)
     squared = _inner(gs, gs)
     if squared == 0:  # it has underflowed
         return False
     # A half of a precise dtype's digits; half-precision losses are too coarse to tell.
     tolerance = min(1e-3, max(torch.finfo(x.dtype).eps for x in (loss, *parameters)) ** 0.5)
-    for frequency in (0.0, 1.0):  # straight downhill, and a direction of no meaning
-        # At 2f/‖g‖ downhill the tangent has fallen to −f: no f ≥ 0 can still be like it there.
+    # Twice straight downhill, and once in a direction of no meaning. Beyond f/‖g‖ the tangent is below 0, where f ≥ 0
+    # cannot follow it; at 2f/‖g‖ the rule holds for |w| too, by symmetry about its kink.
+    for reach, frequency in [(1.25, 0.0), (1.75, 0.0), (1.5, 1.0)]:
         turned = [g * torch.cos(frequency * torch.arange(g.numel()).reshape(g.shape)) for g in gs]
-        goal = [w - 2 * f / squared * g for w, g in zip(ws, turned, strict=True)]
+        goal = [w - reach * f / squared * g for w, g in zip(ws, turned, strict=True)]
         with _placed(parameters, goal):
             other, slopes = _evaluate(reg, closure, parameters)
             steps = [u - w for u, w in zip(_exact(parameters), ws, strict=True)]

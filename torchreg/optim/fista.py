@@ -183,18 +183,18 @@ class FISTA(Proximal):
         while True:
             _write(params, [_moved(*part, step) for part in zip(penalties, here.weights, here.gradients, strict=True)])
             there = self._evaluate(closure, params)
-            least, most = _curvature(here, there, step)
-            if step * least <= 1:
+            curvature = _curvature(here, there, step)
+            if step * curvature <= 1:
                 break
-            step = step * 1e-3 if math.isinf(least) else min(step / 2, 0.9 / least)
+            step = step * 1e-3 if math.isinf(curvature) else min(step / 2, 0.9 / curvature)
             if not step:
                 raise RuntimeError(
                     "no step is short enough for a finite loss, though it is finite where the step starts; make the "
                     "closure deterministic: the same batch each time, and no dropout"
                 )
         uphill = _inner(_difference(here.weights, there.weights), _difference(there.weights, start)) > 0
-        short = not momentum and step * most < 0.5  # only without momentum may the step grow
-        group["step_size"] = min(10 * step, 0.9 / most if most else math.inf) if short else step
+        short = not momentum and step * curvature < 0.5  # only without momentum may the step grow
+        group["step_size"] = min(10 * step, 0.9 / curvature if curvature else math.inf) if short else step
         group["stationarity"] = _certificate(penalties, there)
         if uphill or short or self.converged:
             self._start_anew(params)
@@ -243,26 +243,23 @@ def _moved(penalty: Penalty | None, w: Tensor, gradient: Tensor, step: float) ->
     return new if penalty is None else penalty.prox_(new, step)
 
 
-def _curvature(here: Point, there: Point, step: float) -> tuple[float, float]:
-    """2·(f(u) − f(w) − ⟨∇f(w), u − w⟩)/‖u − w‖² from below and above, as far as rounding tells.
-
-    A step must not exceed its inverse.
-    """
+def _curvature(here: Point, there: Point, step: float) -> float:
+    """2·(f(u) − f(w) − ⟨∇f(w), u − w⟩)/‖u − w‖²: a step must not exceed its inverse."""
     move = _difference(there.weights, here.weights)
     length = _norm(move)
     if not (there.finite and math.isfinite(length * length)):
-        return math.inf, math.inf
+        return math.inf
     if length == 0:
-        return 0.0, 0.0
+        return 0.0
     eps = max(torch.finfo(w.dtype).eps for w in (*move, *_tensors(there.loss)))
     slope = _inner(here.gradients, move)
-    above, doubt = there.value - here.value - slope, 0.0
-    if length * length / (2 * step) <= 1e3 * eps * (abs(here.value) + abs(there.value) + abs(slope)):
+    if length * length / (2 * step) > 1e3 * eps * (abs(here.value) + abs(there.value) + abs(slope)):
+        above = there.value - here.value - slope
+    else:
         # Near the solution the losses differ by less than they round. The gradients still tell: of a quadratic
         # exactly, of any other up to the third order of a move that is short by now.
         above = _inner(_difference(there.gradients, here.gradients), move) / 2
-        doubt = 16 * eps * length * (_norm(here.gradients) + _norm(there.gradients))
-    return max(0.0, 2 * (above - doubt) / length / length), max(0.0, 2 * (above + doubt) / length / length)
+    return max(0.0, 2 * above / length / length)
 
 
 def _certificate(penalties: Sequence[Penalty | None], point: Point) -> float:
