@@ -196,6 +196,11 @@ def test_a_closure_that_gives_no_loss_is_refused_and_the_weights_are_put_back(ce
         ValueError, match=r"^the closure's loss has no gradient; compute it from the model's parameters"
     ):
         certify(reg, lambda: closure().detach())
+    for _ in range(2):  # into an empty .grad, and on top of what is there
+        with pytest.raises(
+            ValueError, match=r"^the closure changed \.grad: it calls backward\(\), which leaves no graph"
+        ):
+            certify(reg, lambda: [loss := closure(), loss.backward()][0])
     assert same(before, snapshot(model))
 
 

@@ -64,8 +64,8 @@ def stationarity(reg: Regularizer, closure: Closure | None = None) -> Stationari
         The distances as numbers, total and by term. Reading them waits for the device.
     Raises:
         TypeError: the closure returns no tensor.
-        ValueError: the closure's loss is not a scalar with a gradient; or, without a closure, `.grad` holds the
-            penalty's gradient too, or nothing at all.
+        ValueError: the closure's loss is not a scalar with a gradient, or it called `backward()`; or, without a
+            closure, `.grad` may hold the penalty's gradient too, or nothing at all.
         NotImplementedError: a penalty does not say what its subgradients are.
         RuntimeError: a selected parameter is computed by a parametrization.
 
@@ -138,11 +138,7 @@ def lambda_max(reg: Regularizer, closure: Closure) -> dict[str, float]:
     norms: dict[str, list[float]] = {key: [] for key in units}
     for i in corners:
         norms[bounds[i].term.key].append(penalties[i]._dual_norm(checks.widened(gradients[i])).item())
-    # amax keeps a NaN, where max would drop it.
-    return {
-        key: torch.tensor(found, dtype=torch.float64).amax().item() if found else math.inf
-        for key, found in norms.items()
-    }
+    return {key: _largest(found) for key, found in norms.items()}
 
 
 def duality_gap(reg: Regularizer, closure: Closure) -> float:
@@ -245,6 +241,11 @@ def _penalties(reg: Regularizer, bounds: Sequence[Bound]) -> list[Penalty]:
     return [bound.penalty if reg.enabled else bound.penalty.scaled(0.0) for bound in bounds]
 
 
+def _largest(norms: Sequence[float]) -> float:
+    """The largest, inf of none; a NaN, which `max` may drop, stays."""
+    return math.nan if any(map(math.isnan, norms)) else max(norms, default=math.inf)
+
+
 def _unit(penalty: Penalty) -> Penalty:
     """`penalty` with its first strength that is not 0 at 1, and the others in proportion."""
     strengths = {name: getattr(penalty, name) for name in penalty.strengths}
@@ -255,8 +256,15 @@ def _unit(penalty: Penalty) -> Penalty:
 
 def _evaluate(reg: Regularizer, closure: Closure, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """The data loss and its gradients; a parameter that it does not use has zeros."""
+    before = [(w.grad, None if w.grad is None else w.grad._version) for w in parameters]
     with reg.disabled(), torch.enable_grad():
         loss = closure()
+        for w, (grad, version) in zip(parameters, before, strict=True):
+            if w.grad is not None and (w.grad is not grad or w.grad._version != version):
+                raise ValueError(
+                    "the closure changed .grad: it calls backward(), which leaves no graph to certify; return the loss "
+                    "alone, or let stationarity(reg) read the .grad that an optimizer's step left"
+                )
         if not isinstance(loss, Tensor):
             raise TypeError(f"the closure returned a {type(loss).__name__}; it must return the data loss, a 0-d tensor")
         if loss.dim() != 0 or not loss.is_floating_point():
@@ -309,7 +317,7 @@ def _placed(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[
 
 def _exact(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies in double precision, on the CPU: not every device has it."""
-    return [w.detach().to("cpu", torch.complex128 if w.is_complex() else torch.float64, copy=True) for w in tensors]
+    return [w.detach().cpu().to(torch.complex128 if w.is_complex() else torch.float64, copy=True) for w in tensors]
 
 
 def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
@@ -352,7 +360,7 @@ def _is_quadratic(
     # Twice straight downhill, and once in a direction of no meaning. Beyond f/‖g‖ the tangent is below 0, where f ≥ 0
     # cannot follow it; at 2f/‖g‖ the rule holds for |w| too, by symmetry about its kink.
     for reach, frequency in [(1.25, 0.0), (1.75, 0.0), (1.5, 1.0)]:
-        turned = [g * torch.cos(frequency * torch.arange(g.numel()).reshape(g.shape)) for g in gs]
+        turned = [g * torch.cos(frequency * torch.arange(g.numel(), device="cpu").reshape(g.shape)) for g in gs]
         goal = [w - reach * f / squared * g for w, g in zip(ws, turned, strict=True)]
         with _placed(parameters, goal):
             other, slopes = _evaluate(reg, closure, parameters)

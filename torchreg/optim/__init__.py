@@ -1,4 +1,4 @@
-"""Proximal optimizers: swap-ins for the stock ones, and `attach` for an optimizer that exists."""
+"""Proximal optimizers: swap-ins for the stock ones, `attach` for one that exists, and FISTA for convex problems."""
 
 from torchreg.optim.attachment import Attachment as Attachment
 from torchreg.optim.attachment import attach as attach
