@@ -302,7 +302,7 @@ def test_every_bit_comes_back_also_after_an_error_and_a_graph_that_was_built_bef
         model.weight[0, :3] = torch.tensor([-0.0, math.nan, 5e-324])
     before = model.weight.detach().clone()
     reg = tr.Regularizer(model, tr.L1(0.1))
-    loss = closure()
+    loss = model.weight.square().sum()
     seen = []
 
     def failing():
@@ -414,7 +414,7 @@ def test_no_weights_are_better_than_the_gap_says(penalty, name):
 
 
 @pytest.mark.parametrize("power", [1.0, 1.25, 1.5, 2.0, 3.0])
-@pytest.mark.parametrize("delta", [1e-3, 0.5, 10.0])
+@pytest.mark.parametrize("delta", [None, 1e-3, 0.5, 10.0])
 def test_only_a_quadratic_gets_the_sharper_bound(delta, power):
     # One weight, a loss of |w − 1| that is symmetric about 1, and λ at half the slope at 0: the minimum is at 1 or 0.
     model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
@@ -422,7 +422,7 @@ def test_only_a_quadratic_gets_the_sharper_bound(delta, power):
 
     def closure():
         off = (model.weight - 1).abs().pow(power).sum()
-        return F.huber_loss(off, torch.zeros_like(off), delta=delta) if power == 1 else off
+        return F.huber_loss(off, torch.zeros_like(off), delta=delta) if power == 1 and delta else off
 
     reg = tr.Regularizer(model, tr.L1(1.0))
     slope = tr.lambda_max(reg, closure)["l1"]
@@ -430,7 +430,7 @@ def test_only_a_quadratic_gets_the_sharper_bound(delta, power):
     start = closure().item()
     grid = np.linspace(0, 1, 10001)
     off = np.abs(grid - 1) ** power
-    losses = np.where(off <= delta, off**2 / 2, delta * (off - delta / 2)) if power == 1 else off
+    losses = np.where(off <= delta, off**2 / 2, delta * (off - delta / 2)) if power == 1 and delta else off
     gap = tr.duality_gap(reg, closure)
     assert gap >= start - (losses + slope / 2 * grid).min() - 1e-9
     quadratic = power == 2 or (power == 1 and delta == 10)
