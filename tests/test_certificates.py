@@ -186,6 +186,12 @@ def test_a_closure_that_gives_no_loss_is_refused_and_the_weights_are_put_back(ce
     model, closure, (x, _) = linear()
     reg = tr.Regularizer(model, tr.L1(0.1))
     before = snapshot(model)
+    with pytest.raises(
+        TypeError, match=r"^closure is a Tensor; pass a function that computes the data loss: lambda: crit"
+    ):
+        certify(reg, closure())
+    with pytest.raises(TypeError, match=r"^reg is a Linear; build one first: Regularizer\(model, L1\(1e-4\)\)$"):
+        certify(model, closure)
     with pytest.raises(TypeError, match=r"^the closure returned a float; it must return the data loss, a 0-d tensor$"):
         certify(reg, lambda: closure().item())
     with pytest.raises(

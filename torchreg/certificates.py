@@ -63,11 +63,12 @@ def stationarity(reg: Regularizer, closure: Closure | None = None) -> Stationari
     Returns:
         The distances as numbers, total and by term. Reading them waits for the device.
     Raises:
-        TypeError: the closure returns no tensor.
+        TypeError: `reg` is no regularizer, or the closure cannot be called or returns no tensor.
         ValueError: the closure's loss is not a scalar with a gradient, or it called `backward()`; or, without a
             closure, `.grad` may hold the penalty's gradient too, or nothing at all.
         NotImplementedError: a penalty does not say what its subgradients are.
         RuntimeError: a selected parameter is computed by a parametrization.
+    Source: Rockafellar and Wets, 1998, theorem 10.1 (Fermat's rule).
 
     >>> model = nn.Linear(3, 1)
     >>> reg = Regularizer(model, L1(0.1))
@@ -117,6 +118,7 @@ def lambda_max(reg: Regularizer, closure: Closure) -> dict[str, float]:
         stay as they are, and so does every parameter with a `scale` of 0.
     Raises:
         TypeError, ValueError, NotImplementedError, RuntimeError: as in `stationarity`; the weights are put back.
+    Source: Friedman, Hastie and Tibshirani, 2010, section 2.5.
 
     >>> model = nn.Linear(3, 1, bias=False)
     >>> reg = Regularizer(model, L1(0.1))
@@ -124,8 +126,8 @@ def lambda_max(reg: Regularizer, closure: Closure) -> dict[str, float]:
     >>> lambda_max(reg, lambda: nn.functional.mse_loss(model(x), y))
     {'l1': 2.0}
     """
-    units = {key: _unit(term.base) for key, term in reg.terms.items()}
     bounds = _trainable(reg)
+    units = {key: _unit(term.base) for key, term in reg.terms.items()}
     penalties = [units[bound.term.key].scaled(bound.scale) for bound in bounds]
     parameters = [bound.parameter() for bound in bounds]
     corners = {
@@ -164,7 +166,7 @@ def duality_gap(reg: Regularizer, closure: Closure) -> float:
     Raises:
         ValueError: a penalty is not convex, or the loss is negative where the bound needs f ≥ 0.
         TypeError, NotImplementedError, RuntimeError: as in `stationarity`.
-    Source: Boyd and Vandenberghe, 2004, section 5.5, for the gap; Massias, Gramfort and Salmon, 2018, for scaling.
+    Source: Boyd and Vandenberghe, 2004, section 5.5; Ndiaye, Fercoq, Gramfort and Salmon, 2017, for the scaling by α.
 
     >>> model = nn.Linear(3, 1, bias=False)
     >>> reg = Regularizer(model, L1(0.5))
@@ -221,6 +223,8 @@ def gathered(parts: Iterable[tuple[float, float, float]]) -> tuple[float, float]
 
 def _trainable(reg: Regularizer) -> list[Bound]:
     """The selected parameters, but for the frozen ones."""
+    if not isinstance(reg, Regularizer):
+        raise TypeError(f"reg is a {type(reg).__name__}; build one first: Regularizer(model, L1(1e-4))")
     bounds = reg._current()
     for bound in bounds:
         if bound.selected.computed:
@@ -256,6 +260,11 @@ def _unit(penalty: Penalty) -> Penalty:
 
 def _evaluate(reg: Regularizer, closure: Closure, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """The data loss and its gradients; a parameter that it does not use has zeros."""
+    if not callable(closure):
+        raise TypeError(
+            f"closure is a {type(closure).__name__}; pass a function that computes the data loss: "
+            "lambda: criterion(model(x), y)"
+        )
     before = [(w.grad, None if w.grad is None else w.grad._version) for w in parameters]
     with reg.disabled(), torch.enable_grad():
         loss = closure()
