@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import sklearn
 import torch
 from sklearn import linear_model
 from torch import nn
@@ -101,8 +102,10 @@ def test_it_reaches_the_logistic_regression_of_scikit_learn(strength):
     p = problem(tr.L1(strength), logistic=True, bias=True)
     p.solve(p.fista(tol=1e-10))
     assert tr.duality_gap(p.reg, p.loss) < 1e-10
+    # From 1.8 on scikit-learn takes the kind of the penalty from its ratio.
+    lasso = {"l1_ratio": 1.0} if (*map(int, sklearn.__version__.split(".")[:2]),) >= (1, 8) else {"penalty": "l1"}
     kind = linear_model.LogisticRegression(
-        l1_ratio=1.0, C=1 / (strength * len(p.y)), solver="saga", tol=1e-12, max_iter=10**5
+        C=1 / (strength * len(p.y)), solver="saga", tol=1e-12, max_iter=10**5, **lasso
     )
     fit = kind.fit(p.x.numpy(), p.y.numpy())
     w, reached = p.model.weight.detach().numpy()[0].copy(), p.objective()
