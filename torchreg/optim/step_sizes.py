@@ -311,7 +311,6 @@ WHY_NOT = {
     "Muon": "it makes the update of a matrix orthogonal, as a whole",
     "Rprop": "it follows the sign of the gradient and not its size",
     "SparseAdam": "it moves only the rows that have a gradient, and not by the same mean",
-    "FISTA": "it applies the prox itself, in FISTA(..., regularizer=reg)",
 }
 """Why an optimizer has no unit response, by the name of its class: not every version of torch has them all."""
 
