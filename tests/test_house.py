@@ -29,6 +29,7 @@ ORDER = [
     "groups",
     "penalties",
     "selection",
+    "units",
     "terms",
     "regularizer",
     "loss",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from torchreg import checks, selection, tables
+from torchreg import checks, selection, tables, units
 from torchreg.checks import Step
 from torchreg.penalties import Penalty
 from torchreg.selection import WRAPPED, Inventory, Parts, Selected, Selector
@@ -190,11 +190,17 @@ class Regularizer:
             yield bound.name, bound.parameter()
 
     def explain(self) -> str:
-        """A table of every parameter of the model: its term, its λ, where it acts, and why the rest is left out."""
+        """A table of every parameter of the model: its term, its λ, where it acts, and why the rest is left out.
+
+        It warns, as far as a model's modules and weights tell, where a penalty does not do what it says: of decoupled
+        decay beside the prox, of a norm layer that undoes the scale of a weight, and of neurons that no weight and
+        no positive bias feeds any more, which under a ReLU never come back. See `docs/where-it-ends.md`.
+        """
         bounds = {bound.name: bound for bound in self._current(materialized=False)}
         routes = {id_: route for route in self._live_routes() for id_ in route.held()}
         rows = []
         entries = selection.named_parameters(self._model)
+        norms = selection.norms_behind(self._model)
         known = {name for entry in entries for name in entry.names}
         for entry in [*entries, *(bound.selected for name, bound in bounds.items() if name not in known)]:
             parameter = entry.parameter
@@ -214,6 +220,7 @@ class Regularizer:
                 bound.note,
                 tied,
                 computed,
+                *_caveats(bound, norms, by_prox=route != "loss"),
                 "" if bound.anchor is None else "toward",
                 "" if self._enabled else "disabled",
             ]
@@ -566,6 +573,20 @@ def _anchor(toward: Mapping[str, Tensor], selected: Selected, parameter: Tensor)
 def _edges(model: nn.Module) -> list[tuple[dict[str, nn.Module | None], str, nn.Module | None]]:
     """Every parent-to-child link of the model: if none has changed, no module was replaced."""
     return [(m._modules, key, child) for m in model.modules() for key, child in m._modules.items()]
+
+
+def _caveats(bound: Bound, norms: Mapping[int, str], by_prox: bool) -> Iterator[str]:
+    """Where the penalty of a layer's weight does not do what it says."""
+    owner, parameter = bound.selected.owner, bound.parameter()
+    if bound.anchor is not None or bound.selected.attribute != "weight":  # toward w₀ ≠ 0 a scale counts, and zeros move
+        return
+    if id(owner) in norms:
+        yield f"norm layer {norms[id(owner)]} undoes its scale"
+    # A sharded tensor would need every process to count, one without data has none.
+    elif by_prox and isinstance(owner, selection.LAYERS) and type(parameter) is nn.Parameter and not parameter.is_meta:
+        dead, neurons = units.dead_under_relu(bound.selected)
+        if dead:
+            yield f"{dead} of {neurons} outputs dead under ReLU"
 
 
 def _total(values: list[Tensor], first: Bound) -> Tensor:

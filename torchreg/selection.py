@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -28,6 +29,9 @@ _NORMS: tuple[type[nn.Module], ...] = (
     nn.GroupNorm,
     nn.RMSNorm,
 )
+# Where such a module stands between a layer and a norm layer, a scaled input still gives a scaled output.
+_SCALES_THROUGH = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.ReLU, nn.LeakyReLU, nn.Flatten)
+LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _EMBEDDED = re.compile(r"(^|_)(embed\w*|token)$")  # pos_embedding, cls_token: embeddings without a module of their own
 _BIAS = re.compile(r"(^|_)bias(_|\d|$)")
@@ -138,6 +142,31 @@ def kind_of(entry: Selected) -> str:
     if not is_lazy(parameter) and parameter.dim() < 2:
         return "fewer than two dimensions"
     return ""
+
+
+def norms_behind(model: nn.Module) -> dict[int, str]:
+    """By `id`, the linear layers and convolutions whose output goes straight into a norm layer, and its name.
+
+    In an `nn.Sequential` it is the next module, past dropout, ReLU and the like. Other modules do not tell in what
+    order they call their children, so there it is only a batch or instance norm of the same width, registered right
+    behind: `conv1, bn1`.
+    """
+    found = {}
+    for path, parent in named_modules(model):
+        children = [(key, child) for key, child in parent._modules.items() if child is not None]
+        in_order = isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward
+        if in_order:
+            children = [(key, child) for key, child in children if not isinstance(child, _SCALES_THROUGH)]
+        before: nn.Module | None = None
+        for (_, layer), (key, norm) in itertools.pairwise(children):
+            if isinstance(layer, LAYERS) and isinstance(norm, _NORMS):
+                width = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+                # After fc1, fc2, bn1 it is anyone's guess whose output bn1 reads.
+                alone = getattr(norm, "num_features", None) == width and not isinstance(before, LAYERS)
+                if in_order or alone:
+                    found[id(layer)] = join(path, key)
+            before = layer
+    return found
 
 
 Parts = list[tuple[frozenset[str], bool]]

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchreg import tables
+from torchreg import tables, units
 from torchreg.regularizer import Regularizer
 from torchreg.selection import Selected, Selector, kind_of, named_parameters, select
-
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
@@ -273,24 +271,10 @@ def _weights(model: nn.Module | Regularizer, include: Selector | None, exclude: 
 
 def _count(entry: Selected) -> Tensor:
     """[zeros, inputs, dead inputs, neurons, dead neurons] of one weight, on its device."""
-    alive, owner = entry.parameter.detach() != 0, entry.owner
-    mask = getattr(owner, entry.attribute.removesuffix("_orig") + "_mask", None)  # of torch.nn.utils.prune
-    if entry.attribute.endswith("_orig") and isinstance(mask, Tensor):
-        alive = alive & (mask != 0)
-    zeros = (~alive).sum()
-    groups = owner.groups if isinstance(owner, nn.modules.conv._ConvNd) else 1
-    if alive.dim() < 2:
-        alive = alive.reshape(1, -1, 1)
-    elif isinstance(
-        owner, _TRANSPOSED
-    ):  # (inputs, neurons / groups, ...), where others have (neurons, inputs / groups, ...)
-        alive = alive.unflatten(0, (groups, -1)).transpose(1, 2)
-    else:
-        alive = alive.unflatten(0, (groups, -1))
-    # groups × neurons of a group × inputs of a group: in a grouped convolution each group reads inputs of its own.
-    alive = alive.flatten(3).any(3) if alive.dim() > 3 else alive
-    neurons = alive.any(2)
-    inputs = alive.any(1) if entry.parameter.dim() > 1 else neurons[:, :0]  # a vector has neurons alone
+    alive = units.nonzero(entry)
+    zeros, read = (~alive).sum(), units.connections(alive, entry.owner)
+    neurons = read.any(2)
+    inputs = read.any(1) if alive.dim() > 1 else neurons[:, :0]  # a vector has neurons alone
     sizes = [torch.full_like(zeros, count) for count in (inputs.numel(), neurons.numel())]
     return torch.stack([zeros, sizes[0], (~inputs).sum(), sizes[1], (~neurons).sum()])
 

@@ -1,0 +1,48 @@
+"""Units: what in a weight is an input, and what a neuron."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from torchreg.selection import Selected
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def nonzero(entry: Selected) -> Tensor:
+    """Which weights are not 0; those that torch.nn.utils.prune masks are."""
+    alive, owner = entry.parameter.detach() != 0, entry.owner
+    mask = getattr(owner, entry.attribute.removesuffix("_orig") + "_mask", None)
+    if entry.attribute.endswith("_orig") and isinstance(mask, Tensor):
+        alive = alive & (mask != 0)
+    return alive
+
+
+def connections(alive: Tensor, owner: nn.Module) -> Tensor:
+    """Which neuron reads which input of `owner`, by any of the weights that are `alive`.
+
+    Returns:
+        (groups, neurons of a group, inputs of a group): in a grouped convolution each group reads inputs of its own.
+        The entries of a vector are neurons that read one input.
+    """
+    groups = owner.groups if isinstance(owner, nn.modules.conv._ConvNd) else 1
+    if alive.dim() < 2:
+        return alive.reshape(1, -1, 1)
+    alive = alive.unflatten(0, (groups, -1))
+    if isinstance(
+        owner, _TRANSPOSED
+    ):  # (inputs, neurons / groups, ...) where others have (neurons, inputs / groups, ...)
+        alive = alive.transpose(1, 2)
+    return alive.flatten(3).any(3) if alive.dim() > 3 else alive
+
+
+def dead_under_relu(entry: Selected) -> tuple[int, int]:
+    """(neurons that neither a weight nor a positive bias feeds, all neurons) of a linear layer or convolution.
+
+    Under a ReLU such a neuron is 0 for every input, and neither its weights nor its bias get a gradient.
+    """
+    fed = connections(nonzero(entry), entry.owner).any(2).flatten()
+    bias = getattr(entry.owner, "bias", None)
+    if isinstance(bias, Tensor):
+        fed = fed | (bias.detach() > 0)
+    return int((~fed).sum()), fed.numel()
