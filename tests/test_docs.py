@@ -1,0 +1,43 @@
+"""The pages of docs/: every example runs as it stands, and prints what the page says."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+EXAMPLE = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.DOTALL)
+
+
+def test_the_pages_are_found():
+    assert "where-it-ends" in {page.stem for page in PAGES}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_example_prints_what_the_page_says(page):
+    names: dict[str, object] = {}  # a page reads from top to bottom
+    for code, expected in EXAMPLE.findall(page.read_text(encoding="utf-8")):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code, names)
+        assert printed.getvalue() == expected, code
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_example_fits_on_a_screen(page):
+    text = page.read_text(encoding="utf-8")
+    examples = [code for code, _ in EXAMPLE.findall(text)]
+    assert len(examples) == text.count("```python")
+    assert all(len(code.splitlines()) <= 15 for code in examples)
+    assert max(map(len, "".join(examples).splitlines())) <= 120
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_file_that_is_named_exists(page):
+    named = re.findall(r"(?:benchmarks|docs|examples|notebooks|tests)/[\w/.-]+\.\w+", page.read_text(encoding="utf-8"))
+    assert not [name for name in named if not (ROOT / name).exists()]
