@@ -78,21 +78,26 @@ def set_momentum(optimizer, beta):
             group["momentum"] = group["dampening"] = beta
 
 
+def one_cycle(optimizer, lr, steps):
+    """Torch's own: the momentum goes against lr, from 0.99 down to 0.85 and up again; lr ends at 4%."""
+    return optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, max_momentum=0.99, final_div_factor=1)
+
+
 def train(
     model,
     penalty,
     criterion,
     x,
     y,
-    make,
+    make,  # of parameters: the optimizer
     *,
     epochs,
     batch=100,
-    lr=constant,
-    beta=None,
-    grow=None,
-    one_cycle=False,
-    warmup=0.0,
+    lr=constant,  # of u: a factor
+    beta=None,  # of u: another β₁
+    grow=None,  # of u: a factor for the batch
+    scheduler=None,  # in the place of lr
+    warmup=0.0,  # until this u, λ rises
 ):
     """Trains, and gives what the last epoch was like: a dict."""
     torch.manual_seed(args.seed)
@@ -101,9 +106,7 @@ def train(
     handle = tr.optim.attach(optimizer, reg)
     weights = [w for _, w in reg.named_parameters()]
     base = optimizer.param_groups[0]["lr"]
-    if one_cycle:  # the momentum goes the other way than lr: from 0.99 down to 0.85 and up again; lr ends at 4%
-        total = epochs * math.ceil(len(x) / batch)
-        cycle = optim.lr_scheduler.OneCycleLR(optimizer, base, total, max_momentum=0.99, final_div_factor=1)
+    schedule = scheduler and scheduler(optimizer, base, epochs * math.ceil(len(x) / batch))
     alive = [torch.zeros(w.shape) for w in weights]
     mean = [torch.zeros(w.shape) for w in model.parameters()]
     loss_sum, steps = 0.0, 0
@@ -111,7 +114,7 @@ def train(
         size = batch * ((grow and grow(epoch / epochs)) or 1)
         for k, rows in enumerate(torch.randperm(len(x)).split(size)):
             u = (epoch + k * size / len(x)) / epochs
-            if not one_cycle:
+            if not schedule:
                 for group in optimizer.param_groups:
                     group["lr"] = base * lr(u)
             if beta and beta(u):
@@ -122,8 +125,8 @@ def train(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if one_cycle:
-                cycle.step()
+            if schedule:
+                schedule.step()
             if epoch == epochs - 1:
                 steps, loss_sum = steps + 1, loss_sum + loss.item()
                 for count, w in zip(alive, weights, strict=True):
@@ -274,7 +277,7 @@ REMEDIES = {
     "β₁ 0.99 in the last third": {"beta": late(0.99)},
     "β₁ 0.99 in the last third, lr cosine to 5%": {"beta": late(0.99), "lr": cosine_to_5_percent},
     "β₁ 0.99 throughout": {"beta": late(0.99, start=0)},
-    "OneCycleLR, max_momentum 0.99": {"one_cycle": True},
+    "OneCycleLR, max_momentum 0.99": {"scheduler": one_cycle},
     "batch ×8 in the last third": {"grow": late(8)},
 }
 
