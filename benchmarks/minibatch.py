@@ -1,6 +1,6 @@
 """Gradient noise and the support: what minibatches do to exact zeros, and what helps.
 
-    python benchmarks/minibatch.py             # about ten minutes on one core
+    python benchmarks/minibatch.py             # ten minutes or so on one core
     python benchmarks/minibatch.py --short     # under two
 
 1. The law: how many weights that should be 0 are not, by one number: (σ/λ)·√((1−β)/(1+β)).
