@@ -31,7 +31,7 @@ def connections(alive: Tensor, owner: nn.Module) -> Tensor:
     alive = alive.unflatten(0, (groups, -1))
     if isinstance(
         owner, _TRANSPOSED
-    ):  # (inputs, neurons / groups, ...) where others have (neurons, inputs / groups, ...)
+    ):  # its weight is (inputs, neurons of a group, ...), where others' is the other way
         alive = alive.transpose(1, 2)
     return alive.flatten(3).any(3) if alive.dim() > 3 else alive
 
