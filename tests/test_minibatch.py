@@ -1,4 +1,4 @@
-"""benchmarks/: the scripts run, and what benchmarks/RESULTS.md concludes from them can be seen in a short run."""
+"""benchmarks/minibatch.py: it runs, and what benchmarks/RESULTS.md concludes from it shows in a short run too."""
 
 from __future__ import annotations
 
