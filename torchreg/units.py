@@ -29,9 +29,7 @@ def connections(alive: Tensor, owner: nn.Module) -> Tensor:
     if alive.dim() < 2:
         return alive.reshape(1, -1, 1)
     alive = alive.unflatten(0, (groups, -1))
-    if isinstance(
-        owner, _TRANSPOSED
-    ):  # its weight is (inputs, neurons of a group, ...), where others' is the other way
+    if isinstance(owner, _TRANSPOSED):  # where others have (neurons, inputs, ...), it has (inputs, neurons, ...)
         alive = alive.transpose(1, 2)
     return alive.flatten(3).any(3) if alive.dim() > 3 else alive
 
