@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test test-slow lint
+.PHONY: demo test test-slow bench lint
 
 demo: .venv/.examples
 	$(PY) examples/mnist_mlp.py
@@ -12,6 +12,11 @@ test: lint
 
 test-slow: .venv/.test
 	$(PY) -m pytest -q -m slow
+
+# The short forms; benchmarks/RESULTS.md has the long ones.
+bench: .venv/.bench
+	$(PY) benchmarks/one_lambda.py --short
+	$(PY) benchmarks/minibatch.py --short
 
 lint: .venv/.test
 	$(PY) -m ruff check
