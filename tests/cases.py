@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import math
 import pkgutil
 from collections.abc import Iterable, Iterator
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 import torchreg.penalties
 from tests import oracles
-from torchreg import L1, L2, ElasticNet, Penalty
+from torchreg import L1, L2, Columns, ElasticNet, GroupLasso, Penalty, SparseGroupLasso
 from torchreg.penalties.toward import Toward
 
 # Derandomized: a red run is the same on every machine. No deadline: the first example pays for torch's warm-up.
@@ -37,7 +38,7 @@ class Case:
     """A penalty beside its oracle. `anchored`: the row is the penalty moved to an anchor, and so is its oracle."""
 
     penalty: Penalty
-    oracle: oracles.Separable
+    oracle: oracles.Separable | oracles.Grouped
     anchored: bool = False
 
     def __str__(self) -> str:
@@ -46,6 +47,22 @@ class Case:
     @property
     def kind(self) -> type[Penalty]:
         return Toward if self.anchored else type(self.penalty)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Those of `SHAPES` on which the penalty is defined."""
+        return [shape for shape in SHAPES if self.oracle.takes(shape)]
+
+    def shaped(self, x: Tensor) -> Tensor:
+        """The entries of `x` in one dimension, or as near to a square as they go where the penalty needs two."""
+        if self.oracle.takes((x.numel(),)):
+            return x.flatten()
+        rows = max(d for d in range(1, math.isqrt(x.numel()) + 1) if x.numel() % d == 0)
+        return x.reshape(rows, -1)
+
+    def weights(self, count: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """`weights` of `count` entries, shaped."""
+        return self.shaped(weights((count,), dtype))
 
     def anchor(self, w: Tensor) -> Tensor:
         """Where the penalty of `w` has its minimum."""
@@ -69,8 +86,20 @@ class Case:
         return torch.from_numpy(np.asarray(anchor + self.oracle.prox(oracles.to_numpy(w) - anchor, steps)))
 
     def size(self, w: Tensor) -> Tensor:
-        """|w| + |anchor| in double precision: what the rounding errors of one entry are relative to."""
-        return to_double(w).abs() + to_double(self.anchor(w)).abs()
+        """|w| + |anchor| in double precision, of the entry or its group: what its rounding errors are relative to."""
+        modulus = to_double(w).abs() + to_double(self.anchor(w)).abs()
+        return torch.from_numpy(np.array(self.oracle.scale(modulus.numpy())))
+
+    def touched(self, hit: Tensor) -> Tensor:
+        """The entries whose prox depends on those that are `hit`."""
+        return torch.from_numpy(np.array(self.oracle.touched(hit.numpy())))
+
+    def agree(self, a: Tensor, b: Tensor, w: Tensor) -> bool:
+        """Two results for `w` are equal; where they contain sums, whose order is free, but for their rounding."""
+        if self.penalty.separable:
+            return torch.equal(a, b)
+        allowed = 12 * torch.finfo(w.dtype).eps * self.size(w)
+        return bool(((to_double(a) - to_double(b)).abs() <= allowed).all())
 
 
 def to_double(w: Tensor) -> Tensor:
@@ -83,12 +112,19 @@ PLAIN = [
     *(Case(L1(strength), oracles.l1(strength)) for strength in STRENGTHS),
     *(Case(L2(strength), oracles.l2(strength)) for strength in STRENGTHS),
     *(Case(ElasticNet(l1, l2), oracles.elastic_net(l1, l2)) for l1, l2 in PAIRS),
+    *(Case(GroupLasso(strength), oracles.Grouped(0.0, strength)) for strength in STRENGTHS),
+    Case(GroupLasso(0.3, Columns()), oracles.Grouped(0.0, 0.3, axis=1)),
+    *(Case(SparseGroupLasso(l1, group), oracles.Grouped(l1, group)) for l1, group in PAIRS),
+    Case(SparseGroupLasso(0.3, 0.4, Columns()), oracles.Grouped(0.3, 0.4, axis=1)),
 ]
 TOWARD = [
     Case(L1(0.0), oracles.l1(0.0), anchored=True),
     Case(L1(0.3), oracles.l1(0.3), anchored=True),
     Case(L2(0.3), oracles.l2(0.3), anchored=True),
     Case(ElasticNet(0.3, 1.5), oracles.elastic_net(0.3, 1.5), anchored=True),
+    Case(GroupLasso(0.0), oracles.Grouped(0.0, 0.0), anchored=True),
+    Case(GroupLasso(0.3), oracles.Grouped(0.0, 0.3), anchored=True),
+    Case(SparseGroupLasso(0.3, 0.4, Columns()), oracles.Grouped(0.3, 0.4, axis=1), anchored=True),
 ]
 CASES = [*PLAIN, *TOWARD]
 

@@ -16,7 +16,7 @@ from torch import nn
 from tests import cases
 from tests.cases import every_case, every_dtype, every_plain_case
 from tests.oracles import diabetes
-from torchreg import L1, L2, ElasticNet
+from torchreg import L1, L2, Columns, ElasticNet, GroupLasso, Rows, SparseGroupLasso
 from torchreg.penalties.toward import Toward
 
 # ---------------------------------------------------------------------- the list of cases
@@ -29,7 +29,7 @@ def test_every_penalty_has_its_rows():
 
 def test_the_completeness_test_names_the_class_that_lacks_a_row():
     kinds = cases.concrete_penalties()
-    assert {L1, L2, ElasticNet, Toward} <= set(kinds)
+    assert {L1, L2, ElasticNet, GroupLasso, SparseGroupLasso, Toward} <= set(kinds)
     assert cases.lacking(kinds, [case for case in cases.CASES if case.kind is not L1]) == ["L1"]
     nonzero = [case for case in cases.CASES if not (case.kind is Toward and case.penalty.is_zero)]
     assert cases.lacking(kinds, nonzero) == ["Toward"]
@@ -41,7 +41,7 @@ def test_the_completeness_test_names_the_class_that_lacks_a_row():
 @every_dtype
 @every_case
 def test_value_is_the_exact_sum(case, dtype):
-    for shape in cases.SHAPES:
+    for shape in case.shapes:
         w = cases.weights(shape, dtype)
         value = case.on(w)(w)
         assert value.shape == ()
@@ -55,7 +55,7 @@ def test_value_is_the_exact_sum(case, dtype):
 
 @every_case
 def test_value_does_not_depend_on_strides(case):
-    for shape in cases.SHAPES:
+    for shape in case.shapes:
         w = cases.weights(shape)
         for other in cases.layouts(w):
             assert case.on(w)(other).item() == pytest.approx(case.on(w)(w).item(), rel=1e-14)
@@ -73,11 +73,11 @@ def test_two_million_half_precision_weights_neither_overflow_nor_stall(penalty, 
 
 @every_case
 def test_nan_weights_give_a_nan_value(case):
-    w = torch.tensor([1.0, math.nan])
+    w = case.shaped(torch.tensor([1.0, math.nan]))
     assert math.isnan(case.on(w)(w).item()) or case.penalty.is_zero
 
 
-@every_case
+@pytest.mark.parametrize("case", [case for case in cases.CASES if case.penalty.separable], ids=str)
 def test_a_separable_value_is_the_sum_over_single_weights(case):
     w = cases.weights((6,))
     penalty = case.on(w)
@@ -85,6 +85,13 @@ def test_a_separable_value_is_the_sum_over_single_weights(case):
     anchors = case.anchor(w)
     parts = [Toward(case.penalty, a)(x) if case.anchored else penalty(x) for x, a in zip(w, anchors, strict=True)]
     assert penalty(w).item() == pytest.approx(math.fsum(part.item() for part in parts), rel=1e-14)
+
+
+@pytest.mark.parametrize("case", [case for case in cases.PLAIN if not case.penalty.separable], ids=str)
+def test_the_value_of_a_group_penalty_is_the_sum_over_its_groups(case):
+    w = cases.weights((4, 3, 2))
+    slices = w.split(1, case.oracle.axis)
+    assert case.penalty(w).item() == pytest.approx(math.fsum(case.penalty(g).item() for g in slices), rel=1e-14)
 
 
 # ---------------------------------------------------------------------- gradients
@@ -101,7 +108,7 @@ def off_the_kink(case, dtype, shape=(2, 3)):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
 @every_case
 def test_gradient_is_that_of_the_value(case, dtype):
-    for shape in [(), (0,), (2, 3)]:
+    for shape in filter(case.oracle.takes, [(), (0,), (0, 3), (2, 3)]):
         w = off_the_kink(case, dtype, shape)
         assert torch.autograd.gradcheck(case.on(w.detach()), (w,))
 
@@ -126,7 +133,7 @@ def test_gradient_at_the_minimum_is_zero_and_of_the_weights_dtype(case):
 
 @every_case
 def test_smooth_says_whether_the_minimum_is_a_kink(case):
-    w = torch.zeros(3, dtype=torch.float64)
+    w = case.shaped(torch.zeros(3, dtype=torch.float64))
     penalty, minimum, h = case.on(w), case.anchor(w), 1e-6
     slope = (penalty(minimum + h) / h).item()
     # A smooth Ω is of order h² beside its minimum; a kink has slope λ₁ there (none of the cases' λ₁ is below 0.1).
@@ -138,13 +145,13 @@ def test_smooth_says_whether_the_minimum_is_a_kink(case):
 
 @every_case
 def test_is_zero_says_that_the_value_is_zero_everywhere(case):
-    w = cases.weights((5,)) + 10
+    w = case.weights(5) + 10
     assert case.on(w).is_zero == (case.value(w) == 0)
 
 
 @every_case
 def test_scaled_multiplies_the_value_and_leaves_the_original(case):
-    w = cases.weights((5,))
+    w = case.weights(5)
     penalty = case.on(w)
     before = penalty(w)
     assert penalty.scaled(2.5)(w).item() == pytest.approx(2.5 * case.value(w), rel=1e-12)
@@ -176,7 +183,7 @@ def test_penalties_are_equal_by_class_and_strength():
 
 @every_case
 def test_penalties_survive_pickle_and_deepcopy(case):
-    w = cases.weights((5,))
+    w = case.weights(5)
     penalty = case.on(w)
     for twin in (pickle.loads(pickle.dumps(penalty)), copy.deepcopy(penalty)):
         assert twin(w).item() == penalty(w).item()
@@ -188,7 +195,8 @@ def test_penalties_survive_pickle_and_deepcopy(case):
 def test_repr_gives_the_formula_and_evaluates_to_an_equal_penalty(case):
     code, _, formula = repr(case.penalty).partition("  # ")
     assert formula == case.penalty.formula
-    assert eval(code, {"L1": L1, "L2": L2, "ElasticNet": ElasticNet}) == case.penalty
+    names = (L1, L2, ElasticNet, GroupLasso, SparseGroupLasso, Rows, Columns)
+    assert eval(code, {kind.__name__: kind for kind in names}) == case.penalty
 
 
 def test_repr_of_a_moved_penalty_gives_both_formulas():

@@ -62,8 +62,8 @@ def group_soft_threshold(w: Tensor, threshold: Step, dim: int | Sequence[int]) -
     >>> group_soft_threshold(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), 1.0, dim=1)
     tensor([[2.4000, 3.2000],
             [0.0000, 0.0000]])
-    >>> group_soft_threshold(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 4.0]]), dim=1)
-    tensor([[3.0000, 1.9248]])
+    >>> group_soft_threshold(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 5.0]]), dim=1)
+    tensor([[3.0000, 1.6220]])
     """
     if w.numel() == 0:
         return w.clone()

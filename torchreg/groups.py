@@ -20,6 +20,11 @@ class Groups(ABC):
 
     A geometry names the dimensions that each group spans. Reductions over them with `keepdim` give one number a group,
     which broadcasts back against the weight, so nothing is copied or moved.
+
+    >>> w = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    >>> w / Rows().norms(w).clamp(min=1)
+    tensor([[0.6000, 0.8000],
+            [0.0000, 0.0000]])
     """
 
     def dim(self, w: Tensor) -> tuple[int, ...]:

@@ -78,7 +78,8 @@ class Regularizer:
         TypeError: something of a kind that cannot serve: a tensor for the model, a selector of no known kind, a
             parameter of an integer type.
         ValueError: a selector matches nothing, a rule is wholly shadowed by earlier ones, `scale` gives no
-            factor, or `toward` lacks a parameter or has it in another shape.
+            factor, `toward` lacks a parameter or has it in another shape, or a penalty cannot take a parameter's
+            shape.
 
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> reg = Regularizer(net, {"0.weight": L1(1e-3), "*.weight": L2(1e-4)})
@@ -400,6 +401,10 @@ class Regularizer:
                     bound.scale = checks.nonnegative(f"scale for {name}", factor, "return a factor such as 1.0")
                 if plan.toward is not None:
                     bound.anchor = _anchor(plan.toward, bound.selected, parameter)
+                try:
+                    bound.term.base.check(parameter)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
                 bound.ready = True
         self._bounds = [bounds[entry.name] for entry in inventory.entries if entry.name in bounds]
         self._why_not = why_not

@@ -47,6 +47,18 @@ class Separable:
             low, high = np.where(beyond, low, middle), np.where(beyond, middle, high)
         return np.where(zero, 0.0, w * (high / np.where(modulus > 0, modulus, 1.0)))
 
+    def scale(self, modulus: np.ndarray) -> np.ndarray:
+        """What the rounding errors of one entry are relative to: itself."""
+        return modulus
+
+    def touched(self, hit: np.ndarray) -> np.ndarray:
+        """What depends on the entries `hit`: they alone."""
+        return hit
+
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """The penalty is defined on that shape."""
+        return True
+
 
 def l1(strength: float) -> Separable:
     return elastic_net(strength, 0.0)

@@ -115,6 +115,9 @@ class Penalty(ABC):
             )
         return self._subgradient(wide, gradient).to(w.dtype)
 
+    def check(self, w: Tensor) -> None:  # noqa: B027  most penalties take any shape
+        """Raises a ValueError where Ω has no meaning for weights of `w`'s shape: asked when a regularizer is built."""
+
     def scaled(self, factor: float) -> Self:
         """The same penalty with every strength multiplied by `factor`.
 

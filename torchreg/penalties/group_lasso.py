@@ -30,6 +30,7 @@ class GroupPenalty(Penalty):
             object.__setattr__(self, "group_weights", GroupWeights(self.group_weights))
 
     def check(self, w: Tensor) -> None:
+        """Raises a ValueError where `w` has fewer than two dimensions, or another number of groups than weights."""
         self._weights(w)
 
     def _weights(self, w: Tensor) -> Step:

@@ -55,6 +55,9 @@ class Toward(Penalty):
     def is_zero(self) -> bool:
         return self.penalty.is_zero
 
+    def check(self, w: Tensor) -> None:
+        self.penalty.check(w)
+
     def scaled(self, factor: float) -> Toward:
         return dataclasses.replace(self, penalty=self.penalty.scaled(factor))
 
