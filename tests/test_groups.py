@@ -93,7 +93,7 @@ def test_the_root_is_where_bisection_finds_it_at_every_spread_of_the_metric(spre
     w, step = spread_problems(dtype, spread, margin, seed=spread)
     oracle = oracles.Grouped(0.0, 1.0, weights=(1.0,) * 20)
     exact = torch.from_numpy(oracle.prox(to_numpy(w), to_numpy(step)))
-    for scale in (1.0, 1e-15, 1e15):  # squares of 1e-30 and 1e30 are beyond float32
+    for scale in (1.0, 1e-24, 1e24):  # their squares are beyond float32
         p = group_soft_threshold(w * scale, step * scale, dim=1)
         error = (p.double() / scale - exact).abs()
         assert (error <= 16 * torch.finfo(dtype).eps * torch.linalg.vector_norm(w.double(), dim=1, keepdim=True)).all()
@@ -111,7 +111,9 @@ HARD = [
         [1.0000818541320641e-08, 0.0009518256485207598, 0.9986835406281396],
         [1e-08, 0.04083703944592312, 0.998684025905552],
     ),
-    ([9.796867e-09, 2.961264e-06, 8.541808580821705], [3.221376e-07, 2.8017996e-08, 0.5388446056924231]),
+    ([0.9380177527030569, 5.9283054561566975e-08], [1.0, 1e-08]),
+    ([5.982405735911072e-08, 3.1261983373719885e-07, 0.9379456917113647], [1e-08, 2.6823478594004377e-05, 1.0]),
+    ([0.876970140530407, 5.018250637759507e-08], [0.9355841617057464, 1e-08]),
 ]
 
 
@@ -190,6 +192,14 @@ def test_the_prox_has_the_derivatives_of_its_differences(penalty):
         assert (penalty.prox(w, s)[[0, 2, 3]] != 0).any(1).all()
         assert torch.autograd.gradcheck(penalty.prox, (w.requires_grad_(), s.requires_grad_()))
         w, s = w.detach(), s.detach()
+
+
+def test_squares_beyond_the_range_of_float32_do_no_harm():
+    w = torch.tensor([[3.0, 4.0], [0.3, 0.4]])
+    for scale in (1e-30, 1e30):
+        for threshold in (torch.tensor(1.0), torch.ones(2, 2)):
+            p = group_soft_threshold(w * scale, threshold * scale, dim=1) / scale
+            torch.testing.assert_close(p, torch.tensor([[2.4, 3.2], [0.0, 0.0]]))
 
 
 def test_a_derivative_at_a_group_of_zeros_without_a_step_is_finite():
@@ -330,6 +340,15 @@ def test_the_dual_norm_is_the_least_factor_of_the_penalty_that_holds_all_at_zero
             assert scaled.prox(gradient.numpy(), 1.0).any() != (nudge > 1)
             assert (penalty._conjugate(gradient / c) == 0) == (nudge > 1)
             assert penalty._conjugate(gradient / c) in (0.0, math.inf)
+
+
+def test_the_dual_norm_sees_the_largest_of_a_thousand_entries_that_are_almost_equal():
+    gradient = 1 + 1e-6 * torch.rand(1, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for l1, group in [(1.0, 1e-6), (1.0, 1e-2), (1e-3, 1.0)]:
+        c = tr.SparseGroupLasso(l1, group, group_weights=[1.0])._dual_norm(gradient).item()
+        for nudge in (1 - 1e-14, 1 + 1e-14):
+            scaled = oracles.Grouped(c * nudge * l1, c * nudge * group, weights=(1.0,))
+            assert scaled.prox(gradient.numpy(), 1.0).any() == (nudge < 1)
 
 
 @pytest.mark.parametrize("kind", [tr.GroupLasso, lambda s: tr.SparseGroupLasso(s, s)], ids=["group", "sparse group"])
