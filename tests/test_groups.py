@@ -212,6 +212,14 @@ def test_a_derivative_at_a_group_of_zeros_without_a_step_is_finite():
     assert step.grad.isfinite().all()
 
 
+def test_the_prox_compiles_into_one_graph():
+    penalty = tr.SparseGroupLasso(0.1, 0.2, group_weights=[1.0, 2.0, 3.0])
+    w, steps = cases.weights((3, 4)), 0.1 + cases.weights((3, 4), seed=1).abs()
+    compiled = torch.compile(lambda w, step: penalty.prox_(w, step), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(w.clone(), steps), penalty.prox(w, steps))
+
+
 # ---------------------------------------------------------------------- the weights of the groups
 
 WEIGHTS = (0.0, 1.0, 2.5)

@@ -67,17 +67,17 @@ def group_soft_threshold(w: Tensor, threshold: Step, dim: int | Sequence[int]) -
     """
     if w.numel() == 0:
         return w.clone()
-    dims = {d % w.dim() for d in ([dim] if isinstance(dim, int) else dim)}
+    dims = tuple(d % w.dim() for d in ([dim] if isinstance(dim, int) else dim))
     modulus = w.abs()
-    largest = modulus.detach().amax(tuple(dims), keepdim=True)
+    largest = modulus.detach().amax(dims, keepdim=True)
     scale = torch.where(largest == 0, 1.0, largest)  # no square over- or underflows
     modulus = modulus / scale
     if not isinstance(threshold, Tensor):
-        kept = _kept(modulus, min(threshold, torch.finfo(w.dtype).max) / scale, tuple(dims))
+        kept = _kept(modulus, min(threshold, torch.finfo(w.dtype).max) / scale, dims)
     else:
         missing = w.dim() - threshold.dim()
         varies = any(d >= missing and threshold.shape[d - missing] > 1 for d in dims)
-        kept = (_kept_in_diagonal_metric if varies else _kept)(modulus, threshold / scale, tuple(dims))
+        kept = (_kept_in_diagonal_metric if varies else _kept)(modulus, threshold / scale, dims)
     return w * kept + 0.0  # adding 0.0 turns -0.0 into 0.0
 
 
@@ -115,7 +115,7 @@ def _kept_in_diagonal_metric(modulus: Tensor, threshold: Tensor, dim: tuple[int,
         # ‖u‖ is no less than that of the soft threshold; from there on every |w|/(r + t) is at most 1.
         low = (modulus - threshold).clamp(min=0).square().sum(dim, keepdim=True).sqrt()
         high = modulus.square().sum(dim, keepdim=True).sqrt()
-        buffers = (a := low + beside_zero), modulus * a  # fresh memory for each step would take half of the time
+        buffers = (a := low + beside_zero), modulus * a  # fresh memory for each step would cost page faults
         norm, bound = newton(low, *buffers)
         zero = (low == 0) & (norm <= 1)
         low = torch.maximum(low, bound)

@@ -51,7 +51,7 @@ class Groups(ABC):
 
     def size(self, w: Tensor) -> int:
         """The number of entries in each group."""
-        return math.prod(w.shape[d] for d in self.dim(w))
+        return math.prod([w.shape[d] for d in self.dim(w)])
 
     def norms(self, w: Tensor) -> Tensor:
         """‖w_g‖₂ of every group, real, in `shape(w)`. Its gradient at a group of zeros is 0."""
@@ -126,5 +126,5 @@ class GroupWeights(tuple[float, ...]):
         key = (w.device, w.real.dtype)
         if key not in self._tensors:
             with torch.inference_mode(False):  # a tensor made in inference mode could never meet autograd
-                self._tensors[key] = torch.tensor(self, dtype=key[1], device=key[0])
+                self._tensors[key] = torch.tensor(list(self), dtype=key[1], device=key[0])
         return self._tensors[key].view(shape)
