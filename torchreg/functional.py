@@ -71,14 +71,14 @@ def group_soft_threshold(w: Tensor, threshold: Step, dim: int | Sequence[int]) -
     modulus = w.abs()
     largest = modulus.detach().amax(dims, keepdim=True)
     scale = torch.where(largest == 0, 1.0, largest)  # no square over- or underflows
-    modulus = modulus / scale
+    modulus = modulus.div_(scale)
     if not isinstance(threshold, Tensor):
         kept = _kept(modulus, min(threshold, torch.finfo(w.dtype).max) / scale, dims)
     else:
         missing = w.dim() - threshold.dim()
         varies = any(d >= missing and threshold.shape[d - missing] > 1 for d in dims)
         kept = (_kept_in_diagonal_metric if varies else _kept)(modulus, threshold / scale, dims)
-    return w * kept + 0.0  # adding 0.0 turns -0.0 into 0.0
+    return (w * kept).add_(0.0)  # adding 0.0 turns -0.0 into 0.0
 
 
 def _kept(modulus: Tensor, threshold: Tensor, dim: tuple[int, ...]) -> Tensor:
@@ -98,11 +98,12 @@ def _kept_in_diagonal_metric(modulus: Tensor, threshold: Tensor, dim: tuple[int,
     1/‖w/(r + t)‖ is concave and increasing in r, so Newton's method on it never passes the root, from wherever it
     starts, and rises to it from the left. Bisection of the logarithm spares it the way through all scales of t.
     """
-    beside_zero = threshold + torch.finfo(modulus.dtype).tiny  # 0/0 never arises
+    threshold = threshold.expand(modulus.shape)
+    tiny = torch.finfo(modulus.dtype).tiny
 
     def newton(radius: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """‖w/(r + t)‖, and Newton's next r, which is a lower bound; computed in the buffers `a` and `b`."""
-        inverse = torch.reciprocal(torch.add(radius, beside_zero, out=a), out=a)
+        inverse = torch.reciprocal(torch.add(radius + tiny, threshold, out=a), out=a)  # tiny: 0/0 never arises
         part = torch.mul(modulus, inverse, out=b)
         squares = torch.mul(part, part, out=b)
         square = squares.sum(dim, keepdim=True)
@@ -112,20 +113,25 @@ def _kept_in_diagonal_metric(modulus: Tensor, threshold: Tensor, dim: tuple[int,
         return norm, radius + (norm - 1) * square / slope
 
     with torch.no_grad():
+        # Two buffers for all steps: in fresh memory a CPU takes page faults, which cost more than the arithmetic.
+        a = modulus - threshold
+        b = modulus * a
         # ‖u‖ is no less than that of the soft threshold; from there on every |w|/(r + t) is at most 1.
-        low = (modulus - threshold).clamp(min=0).square().sum(dim, keepdim=True).sqrt()
-        high = modulus.square().sum(dim, keepdim=True).sqrt()
-        buffers = (a := low + beside_zero), modulus * a  # fresh memory for each step would cost page faults
-        norm, bound = newton(low, *buffers)
+        low = a.clamp_(min=0).square_().sum(dim, keepdim=True).sqrt()
+        high = torch.mul(modulus, modulus, out=b).sum(dim, keepdim=True).sqrt()
+        norm, bound = newton(low, a, b)
         zero = (low == 0) & (norm <= 1)
         low = torch.maximum(low, bound)
         for _ in range(BISECTIONS):
             middle = (low * high).sqrt()
-            norm, bound = newton(middle, *buffers)
+            norm, bound = newton(middle, a, b)
             low, high = torch.maximum(low, bound), torch.where(norm < 1, middle, high)
         for _ in range(NEWTON_STEPS - 1):
-            low = newton(low, *buffers)[1]
+            low = newton(low, a, b)[1]
         radius = torch.where(zero, 1.0, low)
-    # The last step has a graph: at the root that is the implicit function theorem.
+    if not (torch.is_grad_enabled() and (modulus.requires_grad or threshold.requires_grad)):
+        radius = newton(radius, a, b)[1]
+        return torch.div(radius, torch.add(radius, threshold, out=a), out=a).masked_fill_(zero, 0.0)
+    # With a graph the last step is the implicit function theorem.
     radius = newton(radius)[1]
     return torch.where(zero, 0.0, radius / (radius + threshold))
