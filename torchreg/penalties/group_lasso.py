@@ -92,7 +92,7 @@ class GroupLasso(GroupPenalty):
     def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
         radius = self.strength * self._weights(w)
         return torch.where(
-            self.groups.norms(w) > 0,
+            self.groups.norms(w) != 0,
             radius * normalized(w, self.groups),
             -gradient + group_soft_threshold(gradient, radius, self.groups.dim(w)),  # -gradient, projected on the ball
         )

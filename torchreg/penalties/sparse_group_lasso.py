@@ -74,7 +74,7 @@ class SparseGroupLasso(GroupPenalty):
             w != 0,
             self.l1 * w.sgn() + radius * normalized(w, self.groups),
             # At a zero within a live group the norm is smooth, with slope 0; at a zero group it takes what it can.
-            torch.where(self.groups.norms(w) > 0, left, group_soft_threshold(left, radius, dim)) - gradient,
+            torch.where(self.groups.norms(w) != 0, left, group_soft_threshold(left, radius, dim)) - gradient,
         )
 
     def _dual_norm(self, gradient: Tensor) -> Tensor:
