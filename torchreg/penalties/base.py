@@ -167,7 +167,12 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     return (a.conj() * b).real.sum() if a.is_complex() else (a * b).sum()
 
 
-def over(value: Tensor, strength: float) -> Tensor:
+def largest(w: Tensor) -> Tensor:
+    """max|w|, and 0 of nothing."""
+    return w.abs().amax() if w.numel() else w.abs().sum()
+
+
+def over(value: Tensor, strength: Step) -> Tensor:
     """value/strength for a `value` ≥ 0, with 0/0 = 0."""
     return torch.where(value == 0, 0.0, value / strength)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchreg.checks import Step
 from torchreg.functional import group_soft_threshold
 from torchreg.groups import Groups, GroupWeights, Rows
-from torchreg.penalties.base import Penalty
+from torchreg.penalties.base import Penalty, indicator, largest, over
 
 
 class GroupPenalty(Penalty):
@@ -98,24 +98,13 @@ class GroupLasso(GroupPenalty):
         )
 
     def _dual_norm(self, gradient: Tensor) -> Tensor:
-        return largest_ratio(self.groups.norms(gradient), self.strength * self._weights(gradient))
+        return largest(over(self.groups.norms(gradient), self.strength * self._weights(gradient)))
 
     def _conjugate(self, v: Tensor) -> Tensor:
-        return indicator(self.groups.norms(v) <= self.strength * self._weights(v), v)
+        return indicator(self.groups.norms(v) <= self.strength * self._weights(v))
 
 
 def normalized(w: Tensor, groups: Groups) -> Tensor:
     """w_g/‖w_g‖₂, and 0 where a group is zero."""
     norms = groups.norms(w)
     return w / torch.where(norms == 0, 1.0, norms)
-
-
-def largest_ratio(a: Tensor, b: Step) -> Tensor:
-    """max(a/b) with 0/0 = 0, and 0 where there is nothing: a 0-d tensor."""
-    ratios = torch.where(a == 0, 0.0, a / b)
-    return ratios.amax() if ratios.numel() else ratios.sum()
-
-
-def indicator(holds: Tensor, like: Tensor) -> Tensor:
-    """0 where all of `holds`, else ∞: a 0-d tensor."""
-    return torch.where(holds.all(), 0.0, math.inf).to(like.real.dtype)

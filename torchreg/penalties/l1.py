@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchreg.checks import Step
 from torchreg.functional import soft_threshold
-from torchreg.penalties.base import Penalty, indicator, over
+from torchreg.penalties.base import Penalty, indicator, largest, over
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,8 +62,3 @@ class L1(Penalty):
 
     def _conjugate(self, v: Tensor) -> Tensor:
         return indicator(v.abs() <= self.strength)
-
-
-def largest(w: Tensor) -> Tensor:
-    """max|w|, and 0 of nothing."""
-    return w.abs().amax() if w.numel() else w.abs().sum()

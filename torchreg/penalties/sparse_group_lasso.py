@@ -13,7 +13,8 @@ from torch import Tensor
 from torchreg.checks import Step
 from torchreg.functional import group_soft_threshold, soft_threshold
 from torchreg.groups import Groups, Rows
-from torchreg.penalties.group_lasso import GroupPenalty, indicator, largest_ratio, normalized
+from torchreg.penalties.base import indicator, largest, over
+from torchreg.penalties.group_lasso import GroupPenalty, normalized
 
 
 @dataclass(frozen=True, repr=False)
@@ -81,14 +82,14 @@ class SparseGroupLasso(GroupPenalty):
         """The largest over groups of the c with ‖soft(g, c·λ₁)‖ = c·λ₂·weight_g (the ε-norm of Burdakov)."""
         modulus = gradient.abs()
         if self.group == 0 or modulus.numel() == 0:
-            return largest_ratio(modulus, self.l1)
+            return largest(over(modulus, self.l1))
         radius, norms = self.group * self._weights(gradient), self.groups.norms(gradient)
         if self.l1 == 0:
-            return largest_ratio(norms, radius)
+            return largest(over(norms, radius))
         dim, root_of_size = self.groups.dim(gradient), math.sqrt(self.groups.size(gradient))
         # Two bounds from below, whatever the rest of the group: by its largest entry, and by the triangle inequality.
-        largest = modulus.amax(dim, keepdim=True)
-        c = torch.maximum(largest / (self.l1 + radius), norms / (self.l1 * root_of_size + radius))
+        top = modulus.amax(dim, keepdim=True)
+        c = torch.maximum(top / (self.l1 + radius), norms / (self.l1 * root_of_size + radius))
         for _ in range(NEWTON_STEPS):  # ‖soft(g, c·λ₁)‖ − c·radius is convex and falls: c rises to its root
             left = (modulus - c * self.l1).clamp(min=0)
             norm = torch.linalg.vector_norm(left, dim=dim, keepdim=True)
@@ -98,7 +99,7 @@ class SparseGroupLasso(GroupPenalty):
 
     def _conjugate(self, v: Tensor) -> Tensor:
         norms = self.groups.norms(soft_threshold(v, self.l1))
-        return indicator(norms <= self.group * self._weights(v), v)
+        return indicator(norms <= self.group * self._weights(v))
 
 
 NEWTON_STEPS = 8
