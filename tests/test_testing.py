@@ -108,6 +108,15 @@ def test_every_penalty_is_certified(case: Any) -> None:
     check_penalty(case.penalty)
 
 
+def test_a_penalty_without_certificates_is_certified_as_far_as_it_goes() -> None:
+    class Bare(tr.L1):
+        _subgradient = tr.Penalty._subgradient
+        _dual_norm = tr.Penalty._dual_norm
+        _conjugate = tr.Penalty._conjugate
+
+    check_penalty(Bare(0.3))
+
+
 class OffProx(tr.L1):
     def _prox(self, w: Tensor, step: Any) -> Tensor:
         return super()._prox(w, 1.01 * step)
@@ -153,6 +162,26 @@ class Coupled(tr.L2):
         return super()._prox(w, step) + 0 * w.sum()
 
 
+class OffSubgradient(tr.L1):
+    def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
+        return 1.01 * super()._subgradient(w, gradient)
+
+
+class FarSubgradient(tr.L1):
+    def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
+        return self.strength * w.sign()
+
+
+class OffConjugate(tr.ElasticNet):
+    def _conjugate(self, v: Tensor) -> Tensor:
+        return 1.01 * super()._conjugate(v)
+
+
+class OffDualNorm(tr.L1):
+    def _dual_norm(self, gradient: Tensor) -> Tensor:
+        return 1.01 * super()._dual_norm(gradient)
+
+
 class Root(tr.L1):
     """λΣ√|w| is not convex; its own prox does not matter here."""
 
@@ -170,6 +199,9 @@ BROKEN = {
     InPlace: "leave w alone",
     NotScaled: r"scaled\(2\) must double",
     Coupled: "a NaN spreads",
+    OffSubgradient: "is none",
+    FarSubgradient: "not the one nearest",
+    OffDualNorm: "_dual_norm says",
     Root: "prox is not the argmin|no subgradient|above its chord",
 }
 
@@ -178,6 +210,11 @@ BROKEN = {
 def test_a_broken_penalty_is_not(kind: type[tr.L1]) -> None:
     with pytest.raises(AssertionError, match=BROKEN[kind]):
         check_penalty(kind(0.3))
+
+
+def test_a_broken_conjugate_is_not_certified() -> None:
+    with pytest.raises(AssertionError, match=r"Ω\(w\) \+ Ω\*\(v\) must be"):
+        check_penalty(OffConjugate(0.3, 0.2))
 
 
 def test_a_penalty_that_couples_its_weights_is_not_separable() -> None:

@@ -125,6 +125,7 @@ def check_penalty(penalty: Penalty, *, shape: tuple[int, ...] = (6, 4), rtol: fl
     The gradient of the value is its finite difference. The prox, with a number and with tensor steps spread over four
     decades, is no worse than any of many rivals, and for a convex penalty a subgradient certifies it; a step of 0
     leaves the weights as they are, bit for bit; `prox_` is `prox`. `scaled`, `is_zero`, `convex` and `separable` hold.
+    A convex penalty that has `_subgradient`, `_dual_norm` and `_conjugate` is held to them as well.
 
     Args:
         penalty: with strengths that make a difference to weights around 1.
@@ -148,6 +149,8 @@ def check_penalty(penalty: Penalty, *, shape: tuple[int, ...] = (6, 4), rtol: fl
     for nothing in (0, 0.0, torch.zeros(shape)):
         _demand(torch.equal(penalty.prox(w, nothing), w), f"{penalty}: a step of 0 must leave the weights as they are")
     _check_claims(penalty, w, random, rtol)
+    if penalty.convex and type(penalty)._subgradient is not Penalty._subgradient:
+        _check_certificates(penalty, random, rtol)
 
 
 def _check_value(penalty: Penalty, w: Tensor, direction: Tensor) -> None:
@@ -234,6 +237,35 @@ def _check_claims(penalty: Penalty, w: Tensor, random: Callable[[float], Tensor]
         )
         hurt = torch.where(half, w, torch.nan)
         _demand(torch.equal(penalty.prox(hurt, 0.7)[half], apart[half]), f"{penalty}: a NaN spreads to other weights")
+
+
+def _check_certificates(penalty: Penalty, random: Callable[[float], Tensor], rtol: float) -> None:
+    w, gradient, step = random(1.0), random(1.0), 0.7
+    p = penalty.prox(w, step)
+    another = (w - p) / step  # a subgradient at p, as _check_prox has made sure
+    nearest = penalty.subgradient(p, gradient)
+    for rival in _rivals(p, w, random):
+        _demand(
+            penalty(rival) >= penalty(p) + (nearest * (rival - p)).sum() - rtol * (1 + penalty(p)),
+            f"{penalty}: subgradient(w, gradient) is none: the penalty elsewhere falls below its tangent",
+        )
+    _demand(
+        torch.dist(-gradient, nearest) <= torch.dist(-gradient, another) * (1 + rtol),
+        f"{penalty}: subgradient(w, gradient) is not the one nearest to −gradient",
+    )
+    if type(penalty)._conjugate is not Penalty._conjugate:
+        # v ∈ ∂Ω(p), drawn in a little: an indicator's edge is a matter of rounding.
+        equal = penalty(p) + penalty._conjugate(another * (1 - rtol)) - (another * p).sum()
+        _demand(abs(equal) <= 10 * rtol * (1 + penalty(p)), f"{penalty}: Ω(w) + Ω*(v) must be ⟨v, w⟩ for v ∈ ∂Ω(w)")
+    if type(penalty)._dual_norm is not Penalty._dual_norm and (c := penalty._dual_norm(gradient).item()) < float("inf"):
+        zero = torch.zeros_like(w)
+        for factor, rests in ((1 + 1e-6, True), (1 - 1e-3, False)):
+            left = torch.dist(-gradient, penalty.scaled(c * factor).subgradient(zero, gradient))
+            _demand(
+                (left <= rtol) == rests,
+                f"{penalty}: with its strengths times {c * factor:g} zero is {'not ' if rests else ''}stationary, and "
+                f"_dual_norm says that {c:g} is where that begins",
+            )
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
