@@ -38,7 +38,12 @@ parser.add_argument(
 parser.add_argument("--warmup-epochs", type=float, default=3, help="λ rises over these (default: %(default)s)")
 parser.add_argument("--l1", type=float, default=3e-4, help="λ of L1, λ₁ of the elastic net (default: %(default)s)")
 parser.add_argument("--l2", type=float, default=1e-5, help="λ₂ of the elastic net (default: %(default)s)")
-parser.add_argument("--lr", type=float, default=2e-3, help="learning rate, to 0 by a cosine (default: %(default)s)")
+parser.add_argument(
+    "--lr", type=float, default=2e-3, help="learning rate, to a twentieth by a cosine (default: %(default)s)"
+)
+parser.add_argument(
+    "--late-beta", type=float, default=0.99, help="β₁ in the last third of the training (default: %(default)s)"
+)
 parser.add_argument("--batch-size", type=int, default=128, help="(default: %(default)s)")
 parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
 parser.add_argument("--data", help="folder of MNIST (default: TORCHREG_DATA, else ~/.cache/torchreg)")
@@ -109,12 +114,15 @@ for name, penalty in runs.items():
             reg.disable()
             optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
             tr.freeze_zeros(reg, optimizer)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * batches))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * batches), 0.05 * args.lr)
         accuracy[phase], zeros = measure(model), tr.sparsity(model)
         bar = tqdm(total=epochs * batches, desc=f"{name}, {phase}", disable=None, dynamic_ncols=True)
         for _ in range(epochs):
             started = time.perf_counter()
             data_loss = 0.0
+            if phase == "train" and epoch >= 2 * args.epochs / 3:
+                # A longer mean of gradients has less noise, which holds weights off zero that should be there.
+                optimizer.param_groups[0]["betas"] = (args.late_beta, 0.999)
             for batch in torch.randperm(len(x_train)).split(args.batch_size):
                 if phase == "train":  # λ at full strength at once would kill weights before they have learned
                     term.factor = min(1.0, step / max(1, args.warmup_epochs * batches))

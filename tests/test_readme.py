@@ -49,6 +49,6 @@ def test_the_three_ways_give_the_same_objective():
 
 def test_it_names_only_files_that_exist():
     root = Path(__file__).parent.parent
-    named = set(re.findall(r"(?:examples|notebooks|tests|docs)/[\w/.-]+\.\w+", README))
+    named = set(re.findall(r"(?:examples|notebooks|tests|docs|benchmarks)/[\w/.-]+\.\w+", README))
     assert named
     assert not [name for name in named if not (root / name).exists()]

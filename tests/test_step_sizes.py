@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -132,22 +132,8 @@ CASES = {
 STEPS = 15
 
 
-@dataclass(frozen=True, repr=False)
-class Probe(tr.Penalty):
-    """Writes down the step that its prox is given, and moves nothing."""
-
-    strength: float
-    steps: list[Tensor]
-
-    name: ClassVar[str] = "probe"
-    formula: ClassVar[str] = "0"
-    strengths: ClassVar[tuple[str, ...]] = ("strength",)
-    convex: ClassVar[bool] = True
-    separable: ClassVar[bool] = True
-    smooth: ClassVar[bool] = True
-
-    def _value(self, w: Tensor) -> Tensor:
-        return 0 * w.abs().sum()
+class Probe(tr.testing.Probe):
+    """Writes down every step as a float64 tensor of the weight's shape."""
 
     def _prox(self, w: Tensor, step: Any) -> Tensor:
         self.steps.append(torch.as_tensor(step, dtype=torch.float64).expand(w.shape).clone())
