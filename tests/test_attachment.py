@@ -689,3 +689,33 @@ def test_explain_names_a_decay_that_is_no_penalty(weight_decay: float, said: boo
     coupled = torch.optim.Adam(model.parameters(), weight_decay=weight_decay)
     tr.optim.attach(coupled, reg)
     assert "decoupled" not in reg.explain(), "coupled decay is L2 in the gradient"
+
+
+@pytest.mark.parametrize(
+    ("stock", "settings", "said"),
+    [
+        (Adafactor, {"weight_decay": 0.1}, ", beside decoupled decay"),
+        (Adafactor, {"weight_decay": 0.0}, ""),
+        (NAdam, {"weight_decay": 0.1, "decoupled_weight_decay": True}, ", beside decoupled decay"),
+        (RAdam, {"weight_decay": 0.1}, ""),
+        (ASGD, {}, ", beside its own lambd"),
+        (ASGD, {"lambd": 0.0}, ""),
+    ],
+)
+def test_explain_names_the_decay_of_every_optimizer(stock: Any, settings: dict[str, Any], said: str) -> None:
+    model = two_layers()
+    reg = tr.Regularizer(model, tr.L1(0.5))
+    optimizer = stock(model.parameters(), lr=0.1, **settings)
+    tr.optim.attach(optimizer, reg)
+    assert f"prox ({stock.__name__}{said})" in reg.explain()
+
+
+def test_the_lambd_of_asgd_is_an_l2_penalty() -> None:
+    """Under the gradient −1 the weight rests where lambd·w + λ = 1, as with L2(lambd/2) beside L1."""
+    model = two_layers()
+    reg = tr.Regularizer(model, tr.L1(0.5))
+    optimizer = ASGD(model.parameters(), lr=0.5, lambd=0.25, alpha=0.0)
+    tr.optim.attach(optimizer, reg)
+    for _ in range(300):
+        step_on(optimizer, model, -1.0)
+    assert model[0].weight.item() == pytest.approx((1 - 0.5) / 0.25, rel=1e-6)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import ASGD, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 import torchreg as tr
+from tests.models import Reads
+from torchreg.optim import step_sizes
 
 SWAP_INS: dict[type[Optimizer], Callable[..., Optimizer]] = {
     SGD: tr.optim.ProxSGD,
@@ -419,6 +421,35 @@ def test_momentum_builds_up_while_the_penalty_waits(how: str, route: str) -> Non
         optimizer.step()
 
     assert [step[0, 0].item() for step in steps] == pytest.approx([0.1875], rel=1e-12)
+
+
+# Cycled betas are followed on the host alone, and Adafactor's own step reads its counter.
+ON_DEVICE = {name: case for name, case in CASES.items() if "betas" not in case.cycle and case.stock is not Adafactor}
+
+
+@pytest.mark.parametrize("case", ON_DEVICE.values(), ids=ON_DEVICE)
+def test_with_counters_on_the_device_the_step_is_the_same_and_nobody_reads_them(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = probed(case, "attached", GRADIENT)
+    monkeypatch.setattr(step_sizes, "_number", lambda value: value)  # a number would be read off the device
+    model = layer(GRADIENT.numel())
+    stock = case.stock(model.parameters(), **case.settings)
+    step_size = step_sizes.STOCK[case.stock]
+    (group,) = stock.param_groups
+    for t in range(STEPS):
+        case.set(stock, t)
+        model.weight.detach().zero_()
+        model.weight.grad = GRADIENT.clone()
+        with Reads() as reads:
+            ask = step_size.before(stock, group, model.weight) if hasattr(step_size, "before") else None
+        stock.step()
+        with reads:
+            step = ask() if ask else step_size(stock, group, model.weight)
+        assert reads.count == 0
+        found = torch.as_tensor(step, dtype=torch.float64).expand(GRADIENT.shape)
+        # In float32, which the counters are kept in.
+        torch.testing.assert_close(found, expected[t], rtol=1e-4, atol=0)
 
 
 def test_learning_rate_is_the_group_s_own() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import Adafactor, AdamW, Optimizer
 
 from torchreg.checks import Step
 from torchreg.optim.step_sizes import Diagonal, StepSize, step_size_of
@@ -198,12 +198,14 @@ class Attachment(Prox):
         """The route's name in `explain()`."""
         optimizer = self._optimizer()
         groups = [] if optimizer is None else optimizer.param_groups
-        # AdamW of torch before 2.7 has no such key, and decays all the same.
-        decays = any(
-            group.get("weight_decay") and group.get("decoupled_weight_decay", isinstance(optimizer, AdamW))
-            for group in groups
-        )
-        return f"prox ({type(optimizer).__name__}{', beside decoupled decay' if decays else ''})"
+        # AdamW of torch before 2.7 has no such key, and decays all the same; Adafactor has it nowhere.
+        decoupled = isinstance(optimizer, (AdamW, Adafactor))
+        beside = ""
+        if any(group.get("weight_decay") and group.get("decoupled_weight_decay", decoupled) for group in groups):
+            beside = ", beside decoupled decay"
+        elif any(group.get("lambd") for group in groups):
+            beside = ", beside its own lambd"
+        return f"prox ({type(optimizer).__name__}{beside})"
 
     def pairs(self) -> list[tuple[Tensor, Penalty | None]]:
         """(parameter, penalty) as they stand: what a copy of the optimizer alone goes on with."""
