@@ -143,7 +143,11 @@ def concrete_penalties() -> list[type[Penalty]]:
             yield subclass
             yield from below(subclass)
 
-    return [kind for kind in below(Penalty) if kind.__module__.startswith("torchreg.") and not inspect.isabstract(kind)]
+    return [
+        kind
+        for kind in below(Penalty)
+        if kind.__module__.startswith("torchreg.penalties.") and not inspect.isabstract(kind)
+    ]
 
 
 def lacking(kinds: Iterable[type[Penalty]], cases: Iterable[Case]) -> list[str]:

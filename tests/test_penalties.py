@@ -16,7 +16,7 @@ from torch import nn
 from tests import cases
 from tests.cases import every_case, every_dtype, every_plain_case
 from tests.oracles import diabetes
-from torchreg import L1, L2, Columns, ElasticNet, GroupLasso, Rows, SparseGroupLasso
+from torchreg import L1, L2, Columns, ElasticNet, GroupLasso, Penalty, Rows, SparseGroupLasso
 from torchreg.penalties.toward import Toward
 
 # ---------------------------------------------------------------------- the list of cases
@@ -342,3 +342,25 @@ def test_weights_that_are_no_tensor_are_refused(penalty):
         refusal = f"^{type(penalty).__name__} takes a tensor of weights, got {type(w).__name__}; for a model use Regula"
         with pytest.raises(TypeError, match=refusal):
             penalty(w)
+
+
+def test_a_penalty_of_one_s_own_that_does_not_say_what_it_is_is_refused():
+    class Nameless(Penalty):
+        def _value(self, w):
+            return w.sum()
+
+        def _prox(self, w, step):
+            return w
+
+    refusal = (
+        "^Nameless does not say name, formula, strengths, convex, separable, smooth; write them as class attributes"
+    )
+    with pytest.raises(TypeError, match=refusal):
+        Nameless()
+
+
+@pytest.mark.parametrize("strengths", [("lam",), "strength", ["strength"]], ids=repr)
+def test_strengths_that_are_no_fields_are_refused(strengths):
+    kind = type("Own", (L1,), {"strengths": strengths})
+    with pytest.raises(TypeError, match=r"^Own\.strengths is .*, which is no tuple of names of its fields \(str"):
+        kind(0.1)

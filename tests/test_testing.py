@@ -77,7 +77,7 @@ def test_a_response_that_is_exact_in_the_limit_may_settle() -> None:
         return group["lr"] / (1 - group["momentum"])
 
     check_step_size(build, limit, steps=50, settle=40)
-    with pytest.raises(AssertionError, match="step 5"):
+    with pytest.raises(AssertionError, match="step 8"):
         check_step_size(build, limit, settle=4)
 
 
@@ -172,6 +172,11 @@ class FarSubgradient(tr.L1):
         return self.strength * w.sign()
 
 
+class NoConjugate(tr.L1):
+    def _conjugate(self, v: Tensor) -> Tensor:
+        return 0 * v.sum()
+
+
 class OffConjugate(tr.ElasticNet):
     def _conjugate(self, v: Tensor) -> Tensor:
         return 1.01 * super()._conjugate(v)
@@ -180,6 +185,27 @@ class OffConjugate(tr.ElasticNet):
 class OffDualNorm(tr.L1):
     def _dual_norm(self, gradient: Tensor) -> Tensor:
         return 1.01 * super()._dual_norm(gradient)
+
+
+class NotSmooth(tr.L1):
+    smooth = True
+
+
+class NoGraph(tr.L1):
+    def _value(self, w: Tensor) -> Tensor:
+        return super()._value(w).detach()
+
+
+class Positive(tr.L1):
+    """A constraint."""
+
+    def _value(self, w: Tensor) -> Tensor:
+        return torch.where((w < 0).any(), torch.inf, super()._value(w))
+
+
+class NoProx(tr.L1):
+    def _prox(self, w: Tensor, step: Any) -> Any:
+        return None
 
 
 class Root(tr.L1):
@@ -202,6 +228,11 @@ BROKEN = {
     OffSubgradient: "is none",
     FarSubgradient: "not the one nearest",
     OffDualNorm: "_dual_norm says",
+    NoConjugate: r"Ω\*\(v\) is 0, and",
+    NotSmooth: "says that it is smooth",
+    NoGraph: "must be a tensor with a gradient",
+    Positive: "must be finite at every w",
+    NoProx: "prox must return a tensor",
     Root: "prox is not the argmin|no subgradient|above its chord",
 }
 
@@ -210,6 +241,27 @@ BROKEN = {
 def test_a_broken_penalty_is_not(kind: type[tr.L1]) -> None:
     with pytest.raises(AssertionError, match=BROKEN[kind]):
         check_penalty(kind(0.3))
+
+
+def test_a_step_that_loses_count_while_the_strength_is_zero_is_not_certified() -> None:
+    class Counts:
+        def __init__(self) -> None:
+            self.t = 0
+
+        def __call__(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> float:
+            self.t += 1
+            return group["lr"] * (1 - 0.5**self.t) / 0.5
+
+    def build(params: list[nn.Parameter]) -> Optimizer:
+        return SGD(params, lr=0.1, momentum=0.5)
+
+    with pytest.raises(AssertionError, match="step 8"):
+        check_step_size(build, Counts())
+
+
+def test_an_optimizer_that_needs_a_closure_gets_one() -> None:
+    with pytest.raises(AssertionError, match="step 1"):
+        check_step_size(lambda params: torch.optim.LBFGS(params, lr=0.1), learning_rate)
 
 
 def test_a_broken_conjugate_is_not_certified() -> None:

@@ -108,6 +108,9 @@ class GroupWeights(tuple[float, ...]):
         new._tensors = {}
         return new
 
+    def __repr__(self) -> str:
+        return super().__repr__() if len(self) <= 6 else f"<{len(self)} numbers>"
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (tuple(self),)
 

@@ -17,6 +17,7 @@ from torchreg.penalties import L1, Penalty
 from torchreg.regularizer import Regularizer
 
 GRADIENTS = [1e-4, -1e-2, 1.0, -30.0, 1e3]
+IDLE = (5, 6, 7)  # steps at which the strength is 0
 FACTORS = [1.0, 1.0, 2.0, 0.5]  # of the learning rate, in turn
 
 
@@ -31,14 +32,16 @@ def check_step_size(
     """Certifies that a step size is the unit response of an optimizer, so that one λ has one answer.
 
     Under constant gradients from 1e-4 to 1e3, displacement over gradient must be the step, at every step and through
-    changes of lr. A weight w ≠ 0 with the gradient −λ·sign(w) must stay where it is, a zero with |gradient| < λ must
-    stay one, and one with |gradient| > λ must leave. A parameter without a gradient must not move.
+    changes of lr, also when the strength has been 0 for a while (see `builds_up` in `StepSize`). A weight w ≠ 0 with
+    the gradient −λ·sign(w) must stay where it is, a zero with |gradient| < λ must stay one, and one with |gradient| > λ
+    must leave. A parameter without a gradient must not move.
 
     Args:
-        build: makes the optimizer for a list of parameters, without decoupled decay, which is another pull.
+        build: makes the optimizer for a list of parameters, without any decay, which is another pull.
         step_size: what is certified; by default what `attach` uses for the class.
         steps: how many steps to take.
-        settle: how many first steps are not judged, for a response that is exact only in the limit.
+        settle: how many first steps are not judged, for a response that is exact only in the limit: RMSprop with
+            momentum needs 2,000.
         rtol: the relative error allowed; the weights are float64.
     Raises:
         AssertionError: it is not the unit response; the message names the step, the gradient and both numbers.
@@ -59,26 +62,32 @@ def _check_displacement(
 ) -> None:
     gradient = torch.tensor([GRADIENTS], dtype=torch.float64)
     probe = Probe(1.0, [])
+    asked = 0
     model = nn.ParameterDict({"moving": torch.zeros_like(gradient), "still": torch.ones_like(gradient)})
     optimizer = build(list(model.parameters()))
-    attach(optimizer, Regularizer(model, probe), step_size=step_size)
+    reg = Regularizer(model, probe)
+    attach(optimizer, reg, step_size=step_size)
     rates = [group["lr"] for group in optimizer.param_groups]
     for t, factor in zip(range(1, steps + 1), itertools.cycle(FACTORS), strict=False):
         model["moving"].detach().zero_()  # from 0 the difference is exact, and no decay acts
         model["moving"].grad = gradient.clone()
         for group, lr in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = lr * factor
-        optimizer.step()
+        reg["probe"].factor = float(t not in IDLE)
+        optimizer.step(_no_loss)
         _demand(
             torch.equal(model["still"], torch.ones_like(gradient)),
             f"step {t} moved a parameter without a gradient; it has taken no step, so it has no prox",
         )
+        if t in IDLE:
+            continue
+        asked += 1
         _demand(
-            len(probe.steps) == t, f"step {t} applied {len(probe.steps) - t + 1} proxes to a parameter instead of 1"
+            len(probe.steps) == asked, f"step {t} applied {len(probe.steps) - asked + 1} proxes to a parameter, not 1"
         )
         moved = -_sign(optimizer) * model["moving"].detach() / gradient
-        asked = torch.as_tensor(probe.steps[-1], dtype=torch.float64).expand(gradient.shape)
-        for g, by, step in zip(gradient[0].tolist(), moved[0].tolist(), asked[0].tolist(), strict=True):
+        found = torch.as_tensor(probe.steps[-1], dtype=torch.float64).expand(gradient.shape)
+        for g, by, step in zip(gradient[0].tolist(), moved[0].tolist(), found[0].tolist(), strict=True):
             _demand(
                 t <= settle or abs(step - by) <= rtol * abs(by),
                 f"step {t}: at gradient {g:g} the optimizer moved by {by:g}·gradient, and the step is {step:g}",
@@ -104,7 +113,7 @@ def _check_rest(
             weight.detach().copy_(start)
         before = weight.detach().clone()
         weight.grad = _sign(optimizer) * gradient
-        optimizer.step()
+        optimizer.step(_no_loss)
         if t <= settle:
             continue
         drift = ((weight - before) / start)[0, :3].abs().max().item()
@@ -112,7 +121,7 @@ def _check_rest(
             drift <= rtol,
             (
                 f"step {t}: a weight with the gradient −λ·sign(w) at λ={strength:g} moved by {drift:g} of itself; "
-                "it must stay where it is"
+                "it must stay where it is (a decay would be another pull: build the optimizer without)"
             ),
         )
         _demand(weight[0, 3] == 0, f"step {t}: a zero with |gradient| = 0.9·λ, λ={strength:g}, became {weight[0, 3]:g}")
@@ -156,6 +165,14 @@ def check_penalty(penalty: Penalty, *, shape: tuple[int, ...] = (6, 4), rtol: fl
 def _check_value(penalty: Penalty, w: Tensor, direction: Tensor) -> None:
     w = w.clone().requires_grad_()
     value = penalty(w)
+    _demand(
+        isinstance(value, Tensor) and value.requires_grad,
+        f"{penalty}: the value must be a tensor with a gradient, or it does nothing in a loss; compute it from w, "
+        "without .item() or .detach()",
+    )
+    _demand(
+        bool(value.isfinite()), f"{penalty}: the value is {value:g}; it must be finite at every w, and so no constraint"
+    )
     _demand(value.shape == () and value.is_floating_point(), f"{penalty}: the value must be a 0-d real tensor")
     (gradient,) = torch.autograd.grad(value, w)
     with torch.no_grad():
@@ -170,11 +187,21 @@ def _check_value(penalty: Penalty, w: Tensor, direction: Tensor) -> None:
     zero = torch.zeros_like(w).requires_grad_()
     (gradient,) = torch.autograd.grad(penalty(zero), zero)
     _demand(bool(gradient.isfinite().all()), f"{penalty}: the gradient of the value at w = 0 must be finite")
+    if penalty.smooth:
+        sides = [(h * direction).requires_grad_() for h in (1e-9, -1e-9)]
+        right, left = (torch.autograd.grad(penalty(side), side)[0] for side in sides)
+        _demand(
+            torch.dist(right, left) <= 1e-6 * (1 + gradient.abs().max()),
+            f"{penalty} says that it is smooth, and its gradient jumps at w = 0",
+        )
 
 
 def _check_prox(penalty: Penalty, w: Tensor, step: Step, random: Callable[[float], Tensor], rtol: float) -> None:
     before = w.clone()
-    p = penalty.prox(w, step)
+    try:
+        p = penalty.prox(w, step)
+    except AttributeError as error:
+        raise AssertionError(f"{penalty}: prox must return a tensor; {error}") from error
     _demand(torch.equal(w, before), f"{penalty}: prox must return a new tensor and leave w alone")
     _demand(p.shape == w.shape and p.dtype == w.dtype, f"{penalty}: prox must keep shape and dtype")
     _demand(torch.equal(penalty.prox_(w.clone(), step), p), f"{penalty}: prox_ must be prox, in place")
@@ -220,6 +247,10 @@ def _rivals(p: Tensor, w: Tensor, random: Callable[[float], Tensor]) -> Iterator
 
 def _check_claims(penalty: Penalty, w: Tensor, random: Callable[[float], Tensor], rtol: float) -> None:
     _demand(torch.allclose(penalty.scaled(2.0)(w), 2 * penalty(w), rtol=rtol), f"{penalty}: scaled(2) must double it")
+    _demand(
+        penalty.is_zero or penalty != penalty.scaled(2.0),
+        f"{penalty} equals itself with other strengths; put @dataclass(frozen=True, repr=False) above its class",
+    )
     nothing = penalty.scaled(0.0)
     _demand(nothing.is_zero and nothing(w) == 0, f"{penalty}: scaled(0) must be zero, and is_zero say so")
     _demand(torch.equal(nothing.prox(w, 0.7), w), f"{penalty}: at strength 0 the prox must be the identity")
@@ -257,6 +288,13 @@ def _check_certificates(penalty: Penalty, random: Callable[[float], Tensor], rto
         # v ∈ ∂Ω(p), drawn in a little: an indicator's edge is a matter of rounding.
         equal = penalty(p) + penalty._conjugate(another * (1 - rtol)) - (another * p).sum()
         _demand(abs(equal) <= 10 * rtol * (1 + penalty(p)), f"{penalty}: Ω(w) + Ω*(v) must be ⟨v, w⟩ for v ∈ ∂Ω(w)")
+        for v in (random(0.1), random(10.0)):
+            conjugate = penalty._conjugate(v)
+            for z in (random(1.0), v, 10 * v, 1000 * v):
+                _demand(
+                    penalty(z) + conjugate >= (v * z).sum() - rtol * (1 + penalty(z)),
+                    f"{penalty}: Ω*(v) is {conjugate:g}, and ⟨v, w⟩ − Ω(w) is {(v * z).sum() - penalty(z):g} at some w",
+                )
     if type(penalty)._dual_norm is not Penalty._dual_norm and (c := penalty._dual_norm(gradient).item()) < float("inf"):
         zero = torch.zeros_like(w)
         for factor, rests in ((1 + 1e-6, True), (1 - 1e-3, False)):
@@ -288,6 +326,11 @@ class Probe(Penalty):
     def _prox(self, w: Tensor, step: Step) -> Tensor:
         self.steps.append(step.clone() if isinstance(step, Tensor) else step)
         return w
+
+
+def _no_loss() -> float:
+    """A closure for the optimizers that ask for one; the gradients are there already."""
+    return 0.0
 
 
 def _demand(holds: object, message: str) -> None:

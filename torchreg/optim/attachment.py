@@ -205,6 +205,8 @@ class Attachment(Prox):
             beside = ", beside decoupled decay"
         elif any(group.get("lambd") for group in groups):
             beside = ", beside its own lambd"
+        elif any(group.get("centered") for group in groups):
+            beside = ", whose centered variance fades at rest"
         return f"prox ({type(optimizer).__name__}{beside})"
 
     def pairs(self) -> list[tuple[Tensor, Penalty | None]]:
@@ -304,8 +306,8 @@ def attach(
         optimizer: SGD, ASGD, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Adagrad, Adadelta or Adafactor of
             `torch.optim`; any other with a `step_size` of yours.
         regularizer: whose penalties to apply.
-        step_size: `fn(optimizer, group, parameter) -> number or tensor`, asked for after each real step. The default
-            is the unit response of the optimizer's class.
+        step_size: `fn(optimizer, group, parameter) -> number or tensor`, asked for after each real step; `StepSize`
+            tells how one may follow a momentum. The default is the unit response of the optimizer's class.
         partial: allow that the optimizer lacks some selected parameters; another may carry those.
     Returns:
         The attachment; its `remove()` undoes it. A `deepcopy` of a stock optimizer alone has no hooks, and so no prox:

@@ -307,7 +307,7 @@ STEP_SIZES = dict(STOCK)
 """By exact class, the swap-ins too: a subclass may step otherwise."""
 
 WHY_NOT = {
-    "LBFGS": "it steps along a direction that mixes the gradients of all weights",
+    "LBFGS": "it steps along a direction that mixes the gradients of all weights; FISTA is for convex problems",
     "Muon": "it makes the update of a matrix orthogonal, as a whole",
     "Rprop": "it follows the sign of the gradient and not its size",
     "SparseAdam": "it moves only the rows that have a gradient, and not by the same mean",
@@ -328,7 +328,8 @@ def step_size_of(optimizer: Optimizer) -> StepSize:
         raise ValueError(
             f"{kind} has no known unit response ({WHY_NOT.get(kind, 'it is no class of torch.optim')}), so no prox "
             f"step gives the penalty its own solution; use one of {', '.join(known.__name__ for known in STOCK)}, "
-            "add reg() to the loss, or pass step_size=fn(optimizer, group, parameter)"
+            "add reg() to the loss, or pass step_size=fn(optimizer, group, parameter), which testing.check_step_size "
+            "certifies"
         ) from None
 
 

@@ -42,8 +42,18 @@ class Penalty(ABC):
     smooth: ClassVar[bool]
 
     def __post_init__(self) -> None:
+        kind = type(self).__name__
+        said = ("name", "formula", "strengths", "convex", "separable", "smooth")
+        if missing := [attribute for attribute in said if not hasattr(type(self), attribute)]:
+            raise TypeError(f"{kind} does not say {', '.join(missing)}; write them as class attributes, as L1 does")
+        fields = {field.name for field in dataclasses.fields(self)}
+        if not (isinstance(self.strengths, tuple) and fields.issuperset(self.strengths)):
+            raise TypeError(
+                f"{kind}.strengths is {self.strengths!r}, which is no tuple of names of its fields "
+                f"({', '.join(sorted(fields)) or 'none'}); name those that multiply the penalty"
+            )
         for name in self.strengths:
-            value = checks.nonnegative(name, getattr(self, name), f"write {type(self).__name__}({name}=1e-4)")
+            value = checks.nonnegative(name, getattr(self, name), f"write {kind}({name}=1e-4)")
             object.__setattr__(self, name, value)
 
     def __call__(self, w: Tensor) -> Tensor:
