@@ -255,3 +255,11 @@ def test_weights_that_are_zero_and_pulled_elsewhere_are_not_dead():
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     assert "dead" not in reg.explain()
+
+
+def test_a_centered_variance_is_named():
+    model = nn.Linear(3, 2)
+    reg = tr.Regularizer(model, tr.L1(0.1))
+    optimizer = torch.optim.RMSprop(model.parameters(), centered=True)
+    tr.optim.attach(optimizer, reg)
+    assert "prox (RMSprop, whose centered variance fades at rest)" in reg.explain()
