@@ -284,6 +284,42 @@ def test_a_stock_checkpoint_counts_as_one_of_a_constant_beta(stock: type[Optimiz
         torch.testing.assert_close(steps[-1], before - model.weight.detach(), rtol=1e-12, atol=0)
 
 
+def test_a_skipped_step_right_after_a_stock_checkpoint_leaves_no_trace() -> None:
+    found = []
+    for skips in (False, True):
+        model = layer(2)
+        optimizer = Adam(model.parameters(), lr=0.1, fused=True)
+        for _ in range(3):
+            model.weight.grad = torch.ones_like(model.weight)
+            optimizer.step()
+        steps: list[Tensor] = []
+        tr.optim.attach(optimizer, tr.Regularizer(model, Probe(1.0, steps)))
+        if skips:
+            skip(optimizer)
+        optimizer.step()
+        found.append(steps[-1])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
+
+
+def test_adagrad_may_begin_with_a_skipped_step_whatever_its_decay() -> None:
+    model = layer(2)
+    steps: list[Tensor] = []
+    optimizer = Adagrad(model.parameters(), lr=0.1, lr_decay=1.0, fused=True)
+    tr.optim.attach(optimizer, tr.Regularizer(model, Probe(1.0, steps)))
+    model.weight.grad = torch.ones_like(model.weight)
+    skip(optimizer)
+    optimizer.step()
+    assert steps[0].tolist() == [[0.0, 0.0]]
+    torch.testing.assert_close(steps[1], -model.weight.detach(), rtol=1e-12, atol=0)
+
+
+def skip(optimizer: Any) -> None:
+    """A step as the GradScaler calls a fused optimizer after an infinite gradient."""
+    optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.ones(())
+    optimizer.step()
+    del optimizer.grad_scale, optimizer.found_inf
+
+
 def test_the_step_of_a_float16_weight_does_not_overflow() -> None:
     model = layer(1, torch.float16)
     steps: list[Tensor] = []

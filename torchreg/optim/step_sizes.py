@@ -130,7 +130,8 @@ class AdagradStep(Diagonal):
 
     def __call__(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step:
         state = optimizer.state[parameter]
-        lr = _number(group["lr"]) / (1 + (_number(state["step"]) - 1) * group["lr_decay"])
+        before = abs(_number(state["step"]) - 1)  # not −1, which a first step skipped by the GradScaler leaves
+        lr = _number(group["lr"]) / (1 + before * group["lr_decay"])
         return _over(lr, _root(state["sum"]), group["eps"])
 
 
@@ -213,10 +214,10 @@ class AdamKin(Followed, Diagonal):
         bias = _one_less_power(beta1, count)
         if isinstance(bias, Tensor):
             return count, bias, bias
-        # Where nothing stands there, it is the first step, or a checkpoint of the stock optimizer.
-        old = state.get(self.KEY, 1 - beta1 ** max(count - 1, 0))
         found_inf = getattr(optimizer, "found_inf", None)
-        skipped = found_inf is not None and bool(found_inf > 0)  # on the host, as is the count
+        skipped = found_inf is not None and bool(found_inf > 0)  # on the host, as is the count, which skips it too
+        # Where nothing stands there, it is the first step, or a checkpoint of the stock optimizer.
+        old = state.get(self.KEY, 1 - beta1 ** (count if skipped else count - 1))
         state[self.KEY] = new = old if skipped else beta1 * old + (1 - beta1)
         return count, new, bias
 
