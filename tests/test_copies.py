@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import ASGD, SGD, Adadelta, Adafactor, Adam, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 import torchreg as tr
@@ -372,6 +372,20 @@ def test_the_handle_of_a_copied_trainer_takes_the_prox_off_the_copy_alone(make):
         p.grad = torch.zeros_like(p)
     other.optimizer.step()
     assert same(w, snapshot(other.model))
+
+
+@pytest.mark.parametrize("kind", [ASGD, Adadelta, Adafactor], ids=lambda kind: kind.__name__)
+@every_copy
+def test_copied_after_a_step_that_broke_off_a_trainer_trains_on_exactly_as_the_original(make, kind):
+    own = trainer(hooked(kind, lr=0.05))
+
+    def broken():
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        own.optimizer.step(broken)
+    other = make(own)
+    assert same(train(other), train(own))
 
 
 @every_copy

@@ -230,8 +230,16 @@ class Attachment(Prox):
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        # An optimizer that was pickled along is held until the regularizer's first use takes hold of it.
-        return {**self.__dict__, "_optimizer": self._optimizer(), "_handles": [], "_held": {}, "_seen": ([], [], [])}
+        # An optimizer that was pickled along is held until the regularizer's first use takes hold of it. What a step
+        # that an error broke off had asked is left behind: functions, which do not pickle.
+        return {
+            **self.__dict__,
+            "_optimizer": self._optimizer(),
+            "_handles": [],
+            "_held": {},
+            "_seen": ([], [], []),
+            "_asked": {},
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         optimizer = state["_optimizer"]
