@@ -280,6 +280,40 @@ def test_without_a_penalty_it_is_the_accelerated_gradient():
     assert (p.model.weight - exact).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
+def test_a_loss_without_curvature_does_not_make_the_step_overflow(dtype, rtol):
+    torch.manual_seed(0)
+    slope = 1e-3 * torch.randn(1, 50, dtype=dtype)
+    model = nn.Linear(50, 1, bias=False, dtype=dtype)
+    reg = tr.Regularizer(model, tr.L2(0.7))
+    optimizer = tr.optim.FISTA(model.parameters(), reg, tol=0.0)
+
+    def closure():
+        loss = (slope * model.weight).sum()
+        loss.backward()
+        return loss
+
+    for _ in range(400):  # the step grows tenfold each time
+        optimizer.step(closure)
+    assert torch.allclose(model.weight, -slope / 1.4, rtol=rtol, atol=0)
+
+
+def test_a_closure_may_write_every_gradient_into_the_same_memory():
+    p, q = problem(tr.L1(0.1)), problem(tr.L1(0.1))
+    buffer = torch.zeros_like(q.model.weight)
+
+    def closure():
+        loss = q.loss()
+        q.model.weight.grad = buffer.copy_(torch.autograd.grad(loss, q.model.weight)[0])
+        return loss
+
+    optimizer, other = p.fista(), q.fista()
+    for _ in range(20):
+        optimizer.step(p.closure)
+        other.step(closure)
+    assert same(snapshot(p.model), snapshot(q.model))
+
+
 def test_weights_that_were_changed_meanwhile_are_where_it_goes_on():
     p = problem(tr.L1(0.01))
     optimizer = p.fista(tol=1e-9)

@@ -194,7 +194,8 @@ class FISTA(Proximal):
                 )
         uphill = _inner(_difference(here.weights, there.weights), _difference(there.weights, start)) > 0
         short = not momentum and step * curvature < 0.5  # only without momentum may the step grow
-        group["step_size"] = min(10 * step, 0.9 / curvature if curvature else math.inf) if short else step
+        longest = 0.9 / curvature if curvature else math.inf
+        group["step_size"] = min(10 * step, longest, _ceiling(params)) if short else step
         group["stationarity"] = _certificate(penalties, there)
         if uphill or short or self.converged:
             self._start_anew(params)
@@ -212,7 +213,7 @@ class FISTA(Proximal):
 
     def _evaluate(self, closure: Callable[[], Any], params: Sequence[Tensor]) -> Point:
         regularizer = self.regularizer if getattr(self.attachment, "active", False) else None
-        self.zero_grad()  # a fresh .grad at each point: those of the last one are still in use
+        self.zero_grad()
         with torch.enable_grad(), contextlib.nullcontext() if regularizer is None else regularizer.disabled():
             loss = closure()
         value = loss.item() if isinstance(loss, Tensor) and loss.numel() == 1 else loss
@@ -224,7 +225,8 @@ class FISTA(Proximal):
                 "the closure left no gradient in the optimizer's parameters; call loss.backward() in it, and compute "
                 "the loss from the model that they belong to"
             )
-        gradients = [torch.zeros_like(w) if w.grad is None else w.grad.to_dense() for w in params]
+        # Copies: the closure may write the next point's gradient into the same memory, as bucket views do.
+        gradients = [torch.zeros_like(w) if w.grad is None else w.grad.to_dense().clone() for w in params]
         return Point([w.clone() for w in params], loss, float(value), gradients)
 
 
@@ -260,6 +262,11 @@ def _curvature(here: Point, there: Point, step: float) -> float:
         # exactly, of any other up to the third order of a move that is short by now.
         above = _inner(_difference(there.gradients, here.gradients), move) / 2
     return max(0.0, 2 * above / length / length)
+
+
+def _ceiling(params: Sequence[Tensor]) -> float:
+    """How far a step may grow on a loss without curvature: step·λ and step·gradient must not overflow in the prox."""
+    return min(max(torch.finfo(w.dtype).max, torch.finfo(torch.float32).max) for w in params) ** 0.5
 
 
 def _certificate(penalties: Sequence[Penalty | None], point: Point) -> float:
