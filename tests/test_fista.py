@@ -263,9 +263,11 @@ def test_once_converged_a_step_leaves_every_weight_until_the_strength_changes():
 def test_its_stationarity_and_what_it_leaves_in_grad_are_those_of_the_weights():
     p = problem(tr.ElasticNet(0.05, 0.01), logistic=True, bias=True)
     optimizer = p.fista()
+    (group,) = optimizer.param_groups
     for _ in range(10):
         loss = optimizer.step(p.closure)
         assert loss.item() == p.loss().item()
+        assert optimizer.attachment.step_size(optimizer, group, p.model.weight) == group["step_size"]
         assert tr.stationarity(p.reg) == tr.stationarity(p.reg, p.loss)
         assert optimizer.stationarity == pytest.approx(tr.stationarity(p.reg).relative, rel=1e-12)
 

@@ -188,7 +188,7 @@ def duality_gap(reg: Regularizer, closure: Closure) -> float:
     loss, gradients = _evaluate(reg, closure, parameters)
     f, ws, gs = loss.item(), _exact(parameters), _exact(gradients)
     value = sum(penalty._value(w).item() for penalty, w in zip(penalties, ws, strict=True))
-    slope = _inner(ws, gs)
+    slope = total_inner(ws, gs)
     if not math.isfinite(f + value + slope):
         return math.nan
     alpha, conjugate = _dual_point(penalties, gs)
@@ -200,7 +200,7 @@ def duality_gap(reg: Regularizer, closure: Closure) -> float:
     return max(0.0, value + conjugate + alpha * slope + short * f)
 
 
-# ---------------------------------------------------------------------- distances
+# ---------------------------------------------------------------------- distances and inner products
 
 
 def distances(penalty: Penalty | None, w: Tensor, gradient: Tensor) -> tuple[float, float, float]:
@@ -216,6 +216,11 @@ def gathered(parts: Iterable[tuple[float, float, float]]) -> tuple[float, float]
     """The `distances` of several parameters as one: total and relative."""
     total, slope, pull = (math.hypot(*column) for column in zip((0.0, 0.0, 0.0), *parts, strict=True))
     return total, total / max(slope, pull, sys.float_info.min)  # 0/0 is 0, and a NaN stays one
+
+
+def total_inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """Re⟨a, b⟩ over all the tensors of two lists."""
+    return math.fsum(inner(x, y).item() for x, y in zip(a, b, strict=True))
 
 
 # ---------------------------------------------------------------------- parameters and gradients
@@ -329,10 +334,6 @@ def _exact(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [w.detach().cpu().to(torch.complex128 if w.is_complex() else torch.float64, copy=True) for w in tensors]
 
 
-def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    return math.fsum(inner(x, y).item() for x, y in zip(a, b, strict=True))
-
-
 def _check_nonnegative(f: float) -> None:
     if f < 0:
         raise ValueError(
@@ -361,7 +362,7 @@ def _is_quadratic(
 ) -> bool:
     """The trapezoidal rule holds between the weights and three points off them, as for quadratics alone."""
     f, ws, gs = loss.item(), _exact(parameters), _exact(gradients)
-    squared = _inner(gs, gs)
+    squared = total_inner(gs, gs)
     if squared == 0:  # it has underflowed
         return False
     # A half of a precise dtype's digits; half-precision losses are too coarse to tell.
@@ -376,8 +377,12 @@ def _is_quadratic(
             steps = [u - w for u, w in zip(_exact(parameters), ws, strict=True)]
         f_other, others = other.item(), _exact(slopes)
         _check_nonnegative(f_other)
-        risen = (_inner(steps, gs) + _inner(steps, others)) / 2
-        size = f + f_other + math.sqrt(_inner(steps, steps)) * (math.sqrt(squared) + math.sqrt(_inner(others, others)))
+        risen = (total_inner(steps, gs) + total_inner(steps, others)) / 2
+        size = (
+            f
+            + f_other
+            + math.sqrt(total_inner(steps, steps)) * (math.sqrt(squared) + math.sqrt(total_inner(others, others)))
+        )
         if not abs(f_other - f - risen) <= tolerance * size < math.inf:
             return False
     return True

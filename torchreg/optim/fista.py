@@ -15,12 +15,12 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from torchreg import checks
-from torchreg.certificates import distances, gathered
+from torchreg.certificates import distances, gathered, total_inner
+from torchreg.checks import Step
 from torchreg.optim.attachment import Attachment
-from torchreg.optim.step_sizes import STEP_SIZES
+from torchreg.optim.step_sizes import StepSize
 from torchreg.optim.swap_ins import Proximal
 from torchreg.penalties import Penalty
-from torchreg.penalties.base import inner
 from torchreg.regularizer import Regularizer
 
 
@@ -36,6 +36,11 @@ class Point:
     @property
     def finite(self) -> bool:
         return math.isfinite(self.value) and math.isfinite(_norm(self.gradients))
+
+
+def last_step(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step:
+    """The step that the line search found last, as a step size: FISTA applies its prox itself and never asks for it."""
+    return float(group["step_size"] or group["lr"])
 
 
 class FISTA(Proximal):
@@ -82,6 +87,7 @@ class FISTA(Proximal):
     tensor([[2.2500, 0.0000, 0.0000]])
     """
 
+    _step_size: ClassVar[StepSize] = staticmethod(last_step)
     not_attachable: ClassVar[str] = (
         "takes its prox inside its line search, where a prox after the step would undo it; give it the regularizer at "
         "construction: FISTA(params, regularizer)"
@@ -192,7 +198,7 @@ class FISTA(Proximal):
                     "no step is short enough for a finite loss, though it is finite where the step starts; make the "
                     "closure deterministic: the same batch each time, and no dropout"
                 )
-        uphill = _inner(_difference(here.weights, there.weights), _difference(there.weights, start)) > 0
+        uphill = total_inner(_difference(here.weights, there.weights), _difference(there.weights, start)) > 0
         short = not momentum and step * curvature < 0.5  # only without momentum may the step grow
         longest = 0.9 / curvature if curvature else math.inf
         group["step_size"] = min(10 * step, longest, _ceiling(params)) if short else step
@@ -230,15 +236,6 @@ class FISTA(Proximal):
         return Point([w.clone() for w in params], loss, float(value), gradients)
 
 
-def _step_size(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> float:
-    """The step that the line search found last."""
-    return float(group["step_size"] or group["lr"])
-
-
-FISTA._stock = FISTA
-STEP_SIZES[FISTA] = _step_size
-
-
 def _moved(penalty: Penalty | None, w: Tensor, gradient: Tensor, step: float) -> Tensor:
     """prox(w − step·gradient, step)."""
     new = w - step * gradient
@@ -254,13 +251,13 @@ def _curvature(here: Point, there: Point, step: float) -> float:
     if length == 0:
         return 0.0
     eps = max(torch.finfo(w.dtype).eps for w in (*move, *_tensors(there.loss)))
-    slope = _inner(here.gradients, move)
+    slope = total_inner(here.gradients, move)
     if length * length / (2 * step) > 1e3 * eps * (abs(here.value) + abs(there.value) + abs(slope)):
         above = there.value - here.value - slope
     else:
         # Near the solution the losses differ by less than they round. The gradients still tell: of a quadratic
         # exactly, of any other up to the third order of a move that is short by now.
-        above = _inner(_difference(there.gradients, here.gradients), move) / 2
+        above = total_inner(_difference(there.gradients, here.gradients), move) / 2
     return max(0.0, 2 * above / length / length)
 
 
@@ -280,10 +277,6 @@ def _write(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 def _difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
     return [x - y for x, y in zip(a, b, strict=True)]
-
-
-def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    return math.fsum(inner(x, y).item() for x, y in zip(a, b, strict=True))
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:

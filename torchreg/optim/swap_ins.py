@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from torchreg.optim.attachment import Attachment, Frozen, Prox
-from torchreg.optim.step_sizes import STEP_SIZES
+from torchreg.optim.step_sizes import STEP_SIZES, StepSize
 from torchreg.regularizer import Regularizer
 
 
@@ -21,6 +21,7 @@ class Proximal(Optimizer):
     """
 
     _stock: ClassVar[type[Optimizer]]
+    _step_size: ClassVar[StepSize]
     __signature__: ClassVar[inspect.Signature]
     attachment: Prox | None = None
 
@@ -29,7 +30,7 @@ class Proximal(Optimizer):
         if stock is None:  # a subclass of a swap-in
             return
         cls._stock = stock
-        STEP_SIZES[cls] = STEP_SIZES[stock]
+        cls._step_size = STEP_SIZES[cls] = STEP_SIZES[stock]
         # help() and IDEs show the arguments of the stock class, whatever its version has.
         signature = inspect.signature(stock)
         own = [inspect.signature(Proximal.__init__).parameters[name] for name in ("regularizer", "partial")]
@@ -37,7 +38,7 @@ class Proximal(Optimizer):
 
     def __init__(self, params: Any, *args: Any, regularizer: Regularizer, partial: bool = False, **kwargs: Any) -> None:
         super().__init__(params, *args, **kwargs)
-        Attachment(self, regularizer, STEP_SIZES[self._stock], partial=partial, hooked=False)
+        Attachment(self, regularizer, self._step_size, partial=partial, hooked=False)
 
     @property
     def regularizer(self) -> Regularizer | None:
@@ -80,7 +81,7 @@ class Proximal(Optimizer):
         pairs = state.pop("pairs", None)  # absent where load_state_dict calls this
         super().__setstate__(state)
         if pairs is not None:
-            self.attachment = Frozen(pairs, STEP_SIZES[self._stock]) if pairs else None
+            self.attachment = Frozen(pairs, self._step_size) if pairs else None
 
 
 class ProxSGD(Proximal, SGD, stock=SGD):
