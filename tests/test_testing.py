@@ -100,6 +100,21 @@ def test_a_third_party_certifies_its_own() -> None:
         check_step_size(lambda params: Lion(params, lr=0.1), learning_rate)
 
 
+def test_an_optimizer_without_a_learning_rate_is_certified_too() -> None:
+    class Unit(Optimizer):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {})
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for parameter in self.param_groups[0]["params"]:
+                if parameter.grad is not None:
+                    parameter.data.sub_(parameter.grad)
+
+    check_step_size(Unit, lambda optimizer, group, parameter: 1.0)
+    with pytest.raises(AssertionError, match=r"moved by 1·gradient, and the step is 0\.5"):
+        check_step_size(Unit, lambda optimizer, group, parameter: 0.5)
+
+
 # ---------------------------------------------------------------------- penalties
 
 

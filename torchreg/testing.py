@@ -32,9 +32,9 @@ def check_step_size(
     """Certifies that a step size is the unit response of an optimizer, so that one λ has one answer.
 
     Under constant gradients from 1e-4 to 1e3, displacement over gradient must be the step, at every step and through
-    changes of lr, also when the strength has been 0 for a while (see `builds_up` in `StepSize`). A weight w ≠ 0 with
-    the gradient −λ·sign(w) must stay where it is, a zero with |gradient| < λ must stay one, and one with |gradient| > λ
-    must leave. A parameter without a gradient must not move.
+    changes of lr where there is one, also when the strength has been 0 for a while (see `builds_up` in `StepSize`). A
+    weight w ≠ 0 with the gradient −λ·sign(w) must stay where it is, a zero with |gradient| < λ must stay one, and one
+    with |gradient| > λ must leave. A parameter without a gradient must not move.
 
     Args:
         build: makes the optimizer for a list of parameters, without any decay, which is another pull.
@@ -67,11 +67,11 @@ def _check_displacement(
     optimizer = build(list(model.parameters()))
     reg = Regularizer(model, probe)
     attach(optimizer, reg, step_size=step_size)
-    rates = [group["lr"] for group in optimizer.param_groups]
+    rates = [(group, group["lr"]) for group in optimizer.param_groups if "lr" in group]
     for t, factor in zip(range(1, steps + 1), itertools.cycle(FACTORS), strict=False):
         model["moving"].detach().zero_()  # from 0 the difference is exact, and no decay acts
         model["moving"].grad = gradient.clone()
-        for group, lr in zip(optimizer.param_groups, rates, strict=True):
+        for group, lr in rates:
             group["lr"] = lr * factor
         reg["probe"].factor = float(t not in IDLE)
         optimizer.step(_no_loss)
