@@ -488,6 +488,41 @@ def test_with_counters_on_the_device_the_step_is_the_same_and_nobody_reads_them(
         torch.testing.assert_close(found, expected[t], rtol=1e-4, atol=0)
 
 
+@dataclass
+class Counting:
+    """Another step size, and how often it was asked."""
+
+    other: Any
+    asked: int = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.other, name)
+
+    def __call__(self, *args: Any) -> Any:
+        self.asked += 1
+        return self.other(*args)
+
+
+@pytest.mark.parametrize("name", ["sgd, cycled momentum", "adam, cycled betas", "radam, cycled", "adadelta"])
+def test_at_strength_0_a_step_builds_up_the_momentum_and_computes_nothing_else(name: str) -> None:
+    case, found = CASES[name], []
+    for idle in (0, 5):
+        model, steps = layer(2), []
+        reg = tr.Regularizer(model, Probe(1.0, steps))
+        optimizer = case.stock(model.parameters(), **case.settings)
+        step_size = Counting(step_sizes.STOCK[case.stock])
+        tr.optim.attach(optimizer, reg, step_size=step_size)
+        for t in range(7):
+            case.set(optimizer, t)
+            reg["probe"].factor = float(t >= idle)
+            model.weight.grad = torch.ones_like(model.weight)
+            optimizer.step()
+        found.append(steps[-1])
+    assert len(steps) == 2
+    assert step_size.asked <= 2, "or fewer: a function that `before` returned was asked in its stead"
+    assert torch.equal(*found)
+
+
 def test_learning_rate_is_the_group_s_own() -> None:
     model = nn.ModuleList([layer(2), layer(2)])
     optimizer = Adam([{"params": model[0].parameters()}, {"params": model[1].parameters(), "lr": f64(0.3)}], lr=0.1)

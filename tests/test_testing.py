@@ -42,10 +42,6 @@ class Off:
     other: Any
     factor: float
 
-    @property
-    def builds_up(self) -> bool:
-        return getattr(self.other, "builds_up", False)
-
     def before(self, *args: Any) -> Any:
         look = getattr(self.other, "before", None)
         ask = None if look is None else look(*args)

@@ -35,12 +35,12 @@ class Prox(ABC):
 
     def before(self, optimizer: Optimizer) -> None:
         """Just before the optimizer's update, while its state is the old one."""
-        look = getattr(self.step_size, "before", None)
+        look, follow = (getattr(self.step_size, name, None) for name in ("before", "follow"))
         self._asked: dict[int, Callable[[], Step]] = {}
         for group, parameter, penalty in self._carried(optimizer):  # refuses, if it must, before any weight has moved
             if look is None:
                 break
-            if self._builds_up or not _idle(penalty):
+            if follow is not None or not _idle(penalty):
                 ask = look(optimizer, group, parameter)
                 if ask is not None:
                     self._asked[id(parameter)] = ask
@@ -52,12 +52,17 @@ class Prox(ABC):
 
     def _apply(self, optimizer: Optimizer) -> None:
         asked = self.__dict__.pop("_asked", {})
+        follow = getattr(self.step_size, "follow", None)
         for group, parameter, penalty in self._carried(optimizer):
-            if parameter.grad is None or (_idle(penalty) and not self._builds_up):
+            if parameter.grad is None:
+                continue
+            if penalty is None or _idle(penalty):
+                if follow is not None:
+                    follow(optimizer, group, parameter)
                 continue
             ask = asked.get(id(parameter))
             step = self.step_size(optimizer, group, parameter) if ask is None else ask()
-            if penalty is None or _idle(penalty) or (not isinstance(step, Tensor) and step == 0):
+            if not isinstance(step, Tensor) and step == 0:
                 continue
             found_inf = getattr(optimizer, "found_inf", None)
             if found_inf is not None:
@@ -65,11 +70,6 @@ class Prox(ABC):
                 skipped = found_inf.to(parameter.device).reshape(()) > 0
                 step = torch.where(skipped, 0.0, step)
             penalty.prox_(parameter, step)
-
-    @property
-    def _builds_up(self) -> bool:
-        """The step size follows a momentum, also while λ is 0."""
-        return getattr(self.step_size, "builds_up", False)
 
     def _carried(self, optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], Tensor, Penalty | None]]:
         penalties = self.penalties(optimizer)

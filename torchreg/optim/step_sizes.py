@@ -25,8 +25,9 @@ class StepSize(Protocol):
 
     Three things are optional. An object with a method `before(optimizer, group, parameter)` is told of each parameter
     just before the update, while the optimizer's state is still the old one; the function that it may return is asked
-    in its stead after this one update. One with `builds_up = True` is asked even where the strength is 0, as it
-    follows a momentum. One with `forget(optimizer, parameter)` is told of the prox's removal.
+    in its stead after this one update. One with `follow(optimizer, group, parameter)` is told so of the updates at
+    strength 0, which need no step but build up a momentum. One with `forget(optimizer, parameter)` is told of the
+    prox's removal.
 
     `torchreg.testing.check_step_size` certifies one.
     """
@@ -41,7 +42,10 @@ class Followed:
     """A step that follows the optimizer's momentum in a number of its own, which stands in the optimizer's state."""
 
     KEY: ClassVar[str] = "unit_momentum"
-    builds_up: ClassVar[bool] = True
+
+    def follow(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> None:
+        """An update without a prox, through which the momentum builds up all the same."""
+        raise NotImplementedError
 
     def forget(self, optimizer: Optimizer, parameter: Tensor) -> None:
         """Once removed, nobody follows the momentum: when attached again, it counts as built up."""
@@ -60,6 +64,10 @@ class BuildUp(Followed):
         state = optimizer.state.get(parameter, {})
         if 0 < momentum < 1 and self.KEY not in state and state.get("momentum_buffer") is not None:
             state[self.KEY] = self._gain(group) / (1 - momentum)
+
+    def follow(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> None:
+        if _number(group["momentum"]) != 0:
+            self._advanced(optimizer, group, parameter)
 
     def _gain(self, group: dict[str, Any]) -> Any:
         return 1.0
@@ -206,6 +214,9 @@ class AdamKin(Followed, Diagonal):
     correction 1 − β₁ᵗ: the former stands in the optimizer's state as `unit_momentum`. Where the optimizer counts its
     steps on the device (capturable, or fused on a GPU), m̂ counts as 1: exact once the mean is built up.
     """
+
+    def follow(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> None:
+        self._mean(optimizer, group, parameter)
 
     def _mean(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> tuple[Any, Any, Any]:
         """t, the mean of a constant 1 after t steps, and what corrects its bias: 1 − β₁ᵗ."""
