@@ -589,8 +589,12 @@ def test_a_loss_that_is_not_finite_is_refused_at_the_weights_and_avoided_elsewhe
     ],
 )
 def test_a_setting_that_cannot_serve_is_refused(settings: dict[str, Any], error, message):
+    p = problem(tr.L1(0.1))
     with pytest.raises(error, match=message):
-        problem(tr.L1(0.1)).fista(**settings)
+        p.fista(**settings)
+    with pytest.raises(error, match=message):
+        tr.optim.FISTA([{"params": p.model.parameters(), **settings}], p.reg)
+    assert p.reg().requires_grad
 
 
 def test_several_groups_are_refused():

@@ -96,10 +96,6 @@ class FISTA(Proximal):
     def __init__(
         self, params: Any, regularizer: Regularizer, lr: float = 1.0, tol: float = 1e-8, *, partial: bool = False
     ) -> None:
-        lr = checks.nonnegative("lr", lr, "it is the first trial of the line search, such as 1.0")
-        if lr == 0:
-            raise ValueError("lr=0 never moves; it is the first trial of the line search, such as 1.0")
-        tol = checks.nonnegative("tol", tol, "it is the relative distance at which to stop, such as 1e-8")
         # What the steps carry on stands in the group too, so that every copy and checkpoint has it.
         defaults = {"lr": lr, "tol": tol, "step_size": None, "t": 1.0, "stationarity": math.inf}
         super().__init__(params, defaults, regularizer=regularizer, partial=partial)
@@ -131,7 +127,12 @@ class FISTA(Proximal):
         """Adds the one group that there can be: the line search has one step for all."""
         if self.param_groups:
             raise ValueError("FISTA has one step for all parameters, so it takes one group; join them: [*a, *b]")
-        super().add_param_group(param_group)
+        group = {**self.defaults, **param_group}
+        lr = checks.nonnegative("lr", group["lr"], "it is the first trial of the line search, such as 1.0")
+        if lr == 0:
+            raise ValueError("lr=0 never moves; it is the first trial of the line search, such as 1.0")
+        tol = checks.nonnegative("tol", group["tol"], "it is the relative distance at which to stop, such as 1e-8")
+        super().add_param_group({**group, "lr": lr, "tol": tol})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
