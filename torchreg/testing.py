@@ -32,7 +32,7 @@ def check_step_size(
     """Certifies that a step size is the unit response of an optimizer, so that one λ has one answer.
 
     Under constant gradients from 1e-4 to 1e3, displacement over gradient must be the step, at every step and through
-    changes of lr where there is one, also when the strength has been 0 for a while (see `builds_up` in `StepSize`). A
+    changes of lr where there is one, also when the strength has been 0 for a while (see `follow` in `StepSize`). A
     weight w ≠ 0 with the gradient −λ·sign(w) must stay where it is, a zero with |gradient| < λ must stay one, and one
     with |gradient| > λ must leave. A parameter without a gradient must not move.
 
