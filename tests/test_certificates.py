@@ -528,3 +528,14 @@ def test_a_penalty_that_is_not_convex_has_no_gap():
         ValueError, match=r"^weight has the penalty Bent\(strength=0.1\)  # λΣ\|w\|, which is not convex,"
     ):
         tr.duality_gap(reg, closure)
+
+
+@pytest.mark.parametrize("certify", [tr.stationarity, tr.lambda_max, tr.duality_gap])
+def test_dropout_in_training_mode_is_warned_of(certify):
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 1, bias=False))
+    reg = tr.Regularizer(model, tr.L1(0.1))
+    x = torch.eye(3)
+    with pytest.warns(UserWarning, match=r"training mode, in which dropout .* call model\.eval\(\) first"):
+        certify(reg, lambda: model(x).square().mean())
+    model.eval()
+    certify(reg, lambda: model(x).square().mean())

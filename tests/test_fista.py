@@ -628,3 +628,24 @@ def test_its_signature_is_its_own():
     names = list(inspect.signature(tr.optim.FISTA).parameters)
     assert names == ["params", "regularizer", "lr", "tol", "partial"]
     assert np.isinf(problem(tr.L1(0.1)).fista().stationarity)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_by_default_it_stops_at_what_the_precision_of_the_weights_can_reach(dtype):
+    x, y = diabetes()
+    x, y = x.to(dtype), (y / y.std()).to(dtype)
+    model = nn.Linear(10, 1, bias=False, dtype=dtype)
+    optimizer = tr.optim.FISTA(model.parameters(), tr.Regularizer(model, tr.L1(0.1)))
+
+    def closure():
+        loss = (model(x)[:, 0] - y).square().mean() / 2
+        loss.backward()
+        return loss
+
+    for _ in range(500):
+        optimizer.step(closure)
+        if optimizer.converged:
+            break
+    assert optimizer.converged
+    assert optimizer.stationarity <= 4e-4 if dtype == torch.float32 else optimizer.stationarity <= 2e-8
+    assert optimizer.param_groups[0]["tol"] == torch.finfo(dtype).eps ** 0.5

@@ -6,11 +6,13 @@ import contextlib
 import dataclasses
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
 
 from torchreg import checks
 from torchreg.penalties import Penalty
@@ -265,6 +267,11 @@ def _unit(penalty: Penalty) -> Penalty:
 
 def _evaluate(reg: Regularizer, closure: Closure, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """The data loss and its gradients; a parameter that it does not use has zeros."""
+    if any(module.training and isinstance(module, _DropoutNd) and module.p > 0 for module in reg.model.modules()):
+        warnings.warn(
+            "the model is in training mode, in which dropout makes another loss of each call; call model.eval() first",
+            stacklevel=3,
+        )
     if not callable(closure):
         raise TypeError(
             f"closure is a {type(closure).__name__}; pass a function that computes the data loss: "
