@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 
 from torchreg import checks
 from torchreg.certificates import distances, gathered, total_inner
-from torchreg.checks import Step
 from torchreg.optim.attachment import Attachment
 from torchreg.optim.step_sizes import StepSize
 from torchreg.optim.swap_ins import Proximal
@@ -38,8 +37,8 @@ class Point:
         return math.isfinite(self.value) and math.isfinite(_norm(self.gradients))
 
 
-def last_step(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step:
-    """The step that the line search found last, as a step size: FISTA applies its prox itself and never asks for it."""
+def last_step(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor | None = None) -> float:
+    """The step that the line search found last, or its first trial."""
     return float(group["step_size"] or group["lr"])
 
 
@@ -190,19 +189,7 @@ class FISTA(Proximal):
             if self.converged:
                 self._start_anew(params)
                 return here.loss
-        step = group["step_size"] or group["lr"]
-        while True:
-            _write(params, [_moved(*part, step) for part in zip(penalties, here.weights, here.gradients, strict=True)])
-            there = self._evaluate(closure, params)
-            curvature = _curvature(here, there, step)
-            if step * curvature <= 1:
-                break
-            step = step * 1e-3 if math.isinf(curvature) else min(step / 2, 0.9 / curvature)
-            if not step:
-                raise RuntimeError(
-                    "no step is short enough for a finite loss, though it is finite where the step starts; make the "
-                    "closure deterministic: the same batch each time, and no dropout"
-                )
+        there, step, curvature = self._search(closure, params, penalties, here)
         uphill = total_inner(_difference(here.weights, there.weights), _difference(there.weights, start)) > 0
         short = not momentum and step * curvature < 0.5  # only without momentum may the step grow
         longest = 0.9 / curvature if curvature else math.inf
@@ -215,6 +202,23 @@ class FISTA(Proximal):
             for w, x in zip(params, start, strict=True):
                 self.state[w]["move"] = w - x
         return there.loss
+
+    def _search(
+        self, closure: Callable[[], Any], params: list[Tensor], penalties: Sequence[Penalty | None], here: Point
+    ) -> tuple[Point, float, float]:
+        """The line search from `here`: where it leads, with the step that does and the curvature on the way."""
+        step = last_step(self, self.param_groups[0])
+        while step:
+            _write(params, [_moved(*part, step) for part in zip(penalties, here.weights, here.gradients, strict=True)])
+            there = self._evaluate(closure, params)
+            curvature = _curvature(here, there, step)
+            if step * curvature <= 1:
+                return there, step, curvature
+            step = step * 1e-3 if math.isinf(curvature) else min(step / 2, 0.9 / curvature)
+        raise RuntimeError(
+            "no step is short enough for a finite loss, though it is finite where the step starts; make the closure "
+            "deterministic: the same batch each time, and no dropout"
+        )
 
     def _start_anew(self, params: Sequence[Tensor]) -> None:
         """Forgets the momentum."""
