@@ -61,7 +61,8 @@ def stationarity(reg: Regularizer, closure: Closure | None = None) -> Stationari
         closure: returns the data loss on all the data, without `backward()`; `reg()` in it counts as 0. No `.grad`
             changes. Put the model in evaluation mode first: dropout makes another loss of each call, and batch norm
             would count this one in its running statistics. Without a closure `.grad` is read, as `backward()` of
-            the data loss left it: call it before `optimizer.step()` moves the weights.
+            the data loss left it: call it before `optimizer.step()` moves the weights, and with a GradScaler after
+            `scaler.unscale_(optimizer)`.
     Returns:
         The distances as numbers, total and by term. Reading them waits for the device.
     Raises:
