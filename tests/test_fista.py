@@ -648,4 +648,21 @@ def test_by_default_it_stops_at_what_the_precision_of_the_weights_can_reach(dtyp
             break
     assert optimizer.converged
     assert optimizer.stationarity <= 4e-4 if dtype == torch.float32 else optimizer.stationarity <= 2e-8
-    assert optimizer.param_groups[0]["tol"] == torch.finfo(dtype).eps ** 0.5
+
+
+@pytest.mark.parametrize("tol", [None, 1e-9])
+def test_a_checkpoint_of_another_optimizer_starts_the_line_search_anew(tol):
+    model = nn.Linear(3, 1, bias=False, dtype=torch.float64)
+    stock = torch.optim.SGD(model.parameters(), lr=0.5)
+    optimizer = tr.optim.FISTA(model.parameters(), tr.Regularizer(model, tr.L1(0.1)), tol=tol)
+    optimizer.load_state_dict(stock.state_dict())
+
+    def closure():
+        loss = (model.weight - 1).square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(50):
+        optimizer.step(closure)
+    assert optimizer.converged
+    assert torch.allclose(model.weight, torch.full_like(model.weight, 0.95))

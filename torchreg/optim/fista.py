@@ -120,7 +120,9 @@ class FISTA(Proximal):
     @property
     def converged(self) -> bool:
         """The last step found `stationarity` ≤ `tol`."""
-        return self.stationarity <= self.param_groups[0]["tol"]
+        (group,) = self.param_groups
+        precision = max(torch.finfo(w.dtype).eps for w in group["params"])
+        return self.stationarity <= (math.sqrt(precision) if group["tol"] is None else group["tol"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds the one group that there can be: the line search has one step for all."""
@@ -133,9 +135,12 @@ class FISTA(Proximal):
         if group["tol"] is not None:
             checks.nonnegative("tol", group["tol"], "it is the relative distance at which to stop, such as 1e-8")
         super().add_param_group({**group, "lr": lr})
-        if group["tol"] is None:
-            (own,) = self.param_groups
-            own["tol"] = max(torch.finfo(w.dtype).eps for w in own["params"]) ** 0.5
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # a checkpoint of another optimizer: the line search starts anew
+            for key in ("tol", "step_size", "t", "stationarity"):
+                group.setdefault(key, self.defaults[key])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

@@ -224,6 +224,7 @@ class AdamKin(Followed, Diagonal):
         count = _number(state["step"])
         bias = _one_less_power(beta1, count)
         if isinstance(bias, Tensor):
+            state.pop(self.KEY, None)  # nobody follows it from here on
             return count, bias, bias
         found_inf = getattr(optimizer, "found_inf", None)
         skipped = found_inf is not None and bool(found_inf > 0)  # on the host, as is the count, which skips it too
