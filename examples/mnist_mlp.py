@@ -39,7 +39,10 @@ parser.add_argument("--warmup-epochs", type=float, default=3, help="λ rises ove
 parser.add_argument("--l1", type=float, default=3e-4, help="λ of L1, λ₁ of the elastic net (default: %(default)s)")
 parser.add_argument("--l2", type=float, default=1e-5, help="λ₂ of the elastic net (default: %(default)s)")
 parser.add_argument(
-    "--lr", type=float, default=2e-3, help="learning rate, to a twentieth by a cosine (default: %(default)s)"
+    "--lr",
+    type=float,
+    default=2e-3,
+    help="learning rate, to a twentieth by a cosine, in the refit to 0 (default: %(default)s)",
 )
 parser.add_argument(
     "--late-beta", type=float, default=0.99, help="β₁ in the last third of the training (default: %(default)s)"
@@ -114,7 +117,9 @@ for name, penalty in runs.items():
             reg.disable()
             optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
             tr.freeze_zeros(reg, optimizer)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * batches), 0.05 * args.lr)
+        # In the training lr ends above 0: steps too small to take the last strays to zero would leave them.
+        lowest = 0.05 * args.lr if phase == "train" else 0.0
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * batches), lowest)
         accuracy[phase], zeros = measure(model), tr.sparsity(model)
         bar = tqdm(total=epochs * batches, desc=f"{name}, {phase}", disable=None, dynamic_ncols=True)
         for _ in range(epochs):
