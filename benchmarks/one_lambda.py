@@ -291,7 +291,7 @@ def torchao(row: Row, groups: Groups, reg: tr.Regularizer, todo: list[Problem]) 
 
 RIVALS: dict[str, Build] = {
     "threshold lr·λ": threshold_lr,
-    "L1 in the loss": in_the_loss,
+    "penalty in the loss": in_the_loss,
     "torchao PruneOptimizer": torchao,
 }
 

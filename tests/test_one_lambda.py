@@ -68,7 +68,7 @@ def test_a_step_that_is_off_by_one_percent_does_not(name: str, problems: list[An
 
 
 @pytest.mark.parametrize(
-    "rival", ["threshold lr·λ", "L1 in the loss", pytest.param("torchao PruneOptimizer", marks=pytest.mark.slow)]
+    "rival", ["threshold lr·λ", "penalty in the loss", pytest.param("torchao PruneOptimizer", marks=pytest.mark.slow)]
 )
 def test_under_adam_no_rival_does(rival: str, problems: list[Any]) -> None:
     if rival.startswith("torchao"):
