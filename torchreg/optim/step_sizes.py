@@ -127,10 +127,7 @@ class ASGDStep:
 
 
 class Diagonal:
-    """lr over a running size of each weight's gradient: a step that is a tensor."""
-
-    def __call__(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step:
-        raise NotImplementedError
+    """lr over a running size of each weight's gradient: a step that is a tensor, with a number for each weight."""
 
 
 class AdagradStep(Diagonal):
