@@ -29,6 +29,14 @@ class Counted(tr.L1):
         return super()._prox(w, step)
 
 
+class Bare(tr.L1):
+    """L1 as a user might write it: a value and a prox, and no certificates."""
+
+    _subgradient = tr.Penalty._subgradient
+    _dual_norm = tr.Penalty._dual_norm
+    _conjugate = tr.Penalty._conjugate
+
+
 class MLP(nn.Module):
     """fc1 6→5, a norm layer, fc2 5→3: two weights that are selected, four parameters that are not."""
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import torchreg as tr
 from tests import cases
-from tests.models import Lazy, mlp, same, snapshot
+from tests.models import Bare, Lazy, mlp, same, snapshot
 from tests.oracles import diabetes
 
 
@@ -470,14 +470,6 @@ class Bent(tr.L1):
     """L1 that says it is not convex."""
 
     convex: ClassVar[bool] = False
-
-
-@dataclass(frozen=True, repr=False)
-class Bare(tr.L1):
-    """L1 that does not know its subgradients."""
-
-    def _subgradient(self, w: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        return tr.Penalty._subgradient(self, w, gradient)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,12 @@
 """Subgradient, dual norm and conjugate of each penalty, judged by its value and its prox."""
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import pytest
 import torch
-from torch import Tensor
 
 import torchreg as tr
 from tests import cases
 from tests.cases import every_case
+from tests.models import Bare
 from torchreg.penalties.base import inner
 
 DTYPES = [torch.float64, torch.complex128]
@@ -163,26 +160,6 @@ def test_the_conjugate_is_the_supremum(case, dtype):
 
 
 # ---------------------------------------------------------------------- a penalty without them
-
-
-@dataclass(frozen=True, repr=False)
-class Bare(tr.Penalty):
-    """λ Σ|w| as a user might write it: a value and a prox."""
-
-    strength: float
-
-    name: ClassVar[str] = "bare"
-    formula: ClassVar[str] = "λΣ|w|"
-    strengths: ClassVar[tuple[str, ...]] = ("strength",)
-    convex: ClassVar[bool] = True
-    separable: ClassVar[bool] = True
-    smooth: ClassVar[bool] = False
-
-    def _value(self, w: Tensor) -> Tensor:
-        return self.strength * w.abs().sum()
-
-    def _prox(self, w: Tensor, step: object) -> Tensor:
-        return tr.functional.soft_threshold(w, step * self.strength)
 
 
 def test_a_penalty_of_value_and_prox_alone_works_and_says_what_a_certificate_needs():

@@ -13,6 +13,7 @@ from torch.optim import SGD, Optimizer
 
 import torchreg as tr
 from tests.cases import every_plain_case
+from tests.models import Bare
 from torchreg.optim.step_sizes import STOCK, learning_rate
 from torchreg.testing import check_penalty, check_step_size
 
@@ -120,11 +121,6 @@ def test_every_penalty_is_certified(case: Any) -> None:
 
 
 def test_a_penalty_without_certificates_is_certified_as_far_as_it_goes() -> None:
-    class Bare(tr.L1):
-        _subgradient = tr.Penalty._subgradient
-        _dual_norm = tr.Penalty._dual_norm
-        _conjugate = tr.Penalty._conjugate
-
     check_penalty(Bare(0.3))
 
 

@@ -229,6 +229,11 @@ def total_inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 # ---------------------------------------------------------------------- parameters and gradients
 
 
+def read_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """What stands in `.grad`; zeros where nothing does."""
+    return [torch.zeros_like(w) if w.grad is None else w.grad.to_dense() for w in parameters]
+
+
 def _trainable(reg: Regularizer) -> list[Bound]:
     """The selected parameters, but for the frozen ones."""
     if not isinstance(reg, Regularizer):
@@ -268,15 +273,15 @@ def _unit(penalty: Penalty) -> Penalty:
 
 def _evaluate(reg: Regularizer, closure: Closure, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """The data loss and its gradients; a parameter that it does not use has zeros."""
-    if any(module.training and isinstance(module, _DropoutNd) and module.p > 0 for module in reg.model.modules()):
-        warnings.warn(
-            "the model is in training mode, in which dropout makes another loss of each call; call model.eval() first",
-            stacklevel=3,
-        )
     if not callable(closure):
         raise TypeError(
             f"closure is a {type(closure).__name__}; pass a function that computes the data loss: "
             "lambda: criterion(model(x), y)"
+        )
+    if any(module.training and isinstance(module, _DropoutNd) and module.p > 0 for module in reg.model.modules()):
+        warnings.warn(
+            "the model is in training mode, in which dropout makes another loss of each call; call model.eval() first",
+            stacklevel=3,
         )
     before = [(w.grad, None if w.grad is None else w.grad._version) for w in parameters]
     with reg.disabled(), torch.enable_grad():
@@ -318,7 +323,7 @@ def _left_behind(reg: Regularizer, bounds: Sequence[Bound], parameters: Sequence
             "no parameter has a .grad; call it after loss.backward() and before zero_grad(), or pass a closure that "
             "returns the data loss"
         )
-    return [torch.zeros_like(w) if w.grad is None else w.grad.to_dense() for w in parameters]
+    return read_gradients(parameters)
 
 
 @contextlib.contextmanager

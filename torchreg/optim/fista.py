@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from torchreg import checks
-from torchreg.certificates import distances, gathered, total_inner
+from torchreg.certificates import distances, gathered, read_gradients, total_inner
 from torchreg.optim.attachment import Attachment
 from torchreg.optim.step_sizes import StepSize
 from torchreg.optim.swap_ins import Proximal
@@ -246,7 +246,7 @@ class FISTA(Proximal):
                 "the loss from the model that they belong to"
             )
         # Copies: the closure may write the next point's gradient into the same memory, as bucket views do.
-        gradients = [torch.zeros_like(w) if w.grad is None else w.grad.to_dense().clone() for w in params]
+        gradients = [gradient.clone() for gradient in read_gradients(params)]
         return Point([w.clone() for w in params], loss, float(value), gradients)
 
 

@@ -297,11 +297,10 @@ def learning_rate(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor
 
 # ---------------------------------------------------------------------- which class has which
 
-sgd_step = SGDStep()
 adam_step = AdamStep()
 
 STOCK: dict[type[Optimizer], StepSize] = {
-    SGD: sgd_step,
+    SGD: SGDStep(),
     Adam: adam_step,
     AdamW: adam_step,
     Adamax: AdamaxStep(),
