@@ -46,7 +46,11 @@ ORDER = [
     "__main__",
 ]
 # The same within a package, where it is settled; elsewhere it is enough that no circle closes.
-INSIDE = {"optim": ["step_sizes", "attachment", "swap_ins", "fista"], "penalties": ["base"]}
+INSIDE = {
+    "kernels": ["native", "choice", "summaries"],
+    "optim": ["step_sizes", "attachment", "swap_ins", "fista"],
+    "penalties": ["base"],
+}
 # Optional packages, by the only part of the house that may import them (by none of it, where there is no name).
 ONLY_IN = {"tensorboard": "monitor", "matplotlib": "plots", "sklearn": None, "torchvision": None, "tqdm": None}
 
@@ -252,6 +256,8 @@ NO_EXAMPLE = {
     "torchreg.Sparsity": "made by sparsity(), which shows it",
     "torchreg.LayerSparsity": "a row of Sparsity",
     "torchreg.Stationarity": "made by stationarity(), which shows it",
+    "torchreg.Backend": "made by backends(), which shows it",
+    "torchreg.Backends": "made by backends(), which shows it",
     "torchreg.FrozenZeros": "made by freeze_zeros(), which shows it",
     "torchreg.optim.Attachment": "made by attach(), which shows it",
     "torchreg.optim.StepSize": "a protocol",

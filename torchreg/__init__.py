@@ -16,6 +16,9 @@ from torchreg.certificates import stationarity as stationarity
 from torchreg.groups import Columns as Columns
 from torchreg.groups import Groups as Groups
 from torchreg.groups import Rows as Rows
+from torchreg.kernels import Backend as Backend
+from torchreg.kernels import Backends as Backends
+from torchreg.kernels import backends as backends
 from torchreg.loss import LastLoss as LastLoss
 from torchreg.loss import RegularizedLoss as RegularizedLoss
 from torchreg.penalties import L1 as L1
