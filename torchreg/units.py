@@ -18,19 +18,24 @@ def nonzero(entry: Selected) -> Tensor:
     return alive
 
 
-def connections(alive: Tensor, owner: nn.Module) -> Tensor:
-    """Which neuron reads which input of `owner`, by any of the weights that are `alive`.
+def by_input(w: Tensor, owner: nn.Module) -> Tensor:
+    """A weight of `owner` with neurons and inputs always in the same place.
 
     Returns:
-        (groups, neurons of a group, inputs of a group): in a grouped convolution each group reads inputs of its own.
-        The entries of a vector are neurons that read one input.
+        (groups, neurons of a group, inputs of a group, kernel ...): in a grouped convolution each group reads inputs of
+        its own. The entries of a vector are neurons that read one input.
     """
     groups = owner.groups if isinstance(owner, nn.modules.conv._ConvNd) else 1
-    if alive.dim() < 2:
-        return alive.reshape(1, -1, 1)
-    alive = alive.unflatten(0, (groups, -1))
-    if isinstance(owner, _TRANSPOSED):  # where others have (neurons, inputs, ...), it has (inputs, neurons, ...)
-        alive = alive.transpose(1, 2)
+    if w.dim() < 2:
+        return w.reshape(1, -1, 1)
+    w = w.unflatten(0, (groups, -1))
+    # Where others have (neurons, inputs, ...), a transposed convolution has (inputs, neurons, ...).
+    return w.transpose(1, 2) if isinstance(owner, _TRANSPOSED) else w
+
+
+def connections(alive: Tensor, owner: nn.Module) -> Tensor:
+    """Which neuron reads which input of `owner`, by any of the weights that are `alive`: (groups, neurons, inputs)."""
+    alive = by_input(alive, owner)
     return alive.flatten(3).any(3) if alive.dim() > 3 else alive
 
 

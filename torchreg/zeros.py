@@ -139,7 +139,7 @@ def sparsity(
     0.weight  2×3       3  50.00%       1 of 3        0 of 2
     total     6         3  50.00%
     """
-    entries = _weights(model, include, exclude)
+    entries = counted(model, include, exclude)
     counts: dict[torch.device, list[Tensor]] = {}
     for entry in entries:
         counts.setdefault(entry.parameter.device, []).append(_count(entry))
@@ -162,6 +162,22 @@ def sparsity(
             )
         )
     return Sparsity(tuple(layers))
+
+
+def counted(
+    model: nn.Module | Regularizer, include: Selector | None = None, exclude: Selector | None = None
+) -> list[Selected]:
+    """The weights that `sparsity` counts, and errors, for the same arguments."""
+    if isinstance(model, Regularizer):
+        if include is not None or exclude is not None:
+            raise ValueError("a regularizer has its selection; for another pass the model, with include")
+        return [bound.selected for bound in model._current()]
+    if include is not None or exclude is not None:
+        return select(model, include, exclude)
+    entries = [entry for entry in named_parameters(model) if not kind_of(entry)]
+    if not entries:
+        raise ValueError(f"{type(model).__name__} has no weight of two or more dimensions; name some: include=...")
+    return entries
 
 
 class FrozenZeros:
@@ -254,19 +270,6 @@ def freeze_zeros(regularizer: Regularizer, optimizer: Optimizer) -> FrozenZeros:
                 _clear(value, zero)
         _clear(parameter.grad, zero)
     return FrozenZeros(kept, optimizer)
-
-
-def _weights(model: nn.Module | Regularizer, include: Selector | None, exclude: Selector | None) -> list[Selected]:
-    if isinstance(model, Regularizer):
-        if include is not None or exclude is not None:
-            raise ValueError("a regularizer has its selection; for another pass the model: sparsity(model, include)")
-        return [bound.selected for bound in model._current()]
-    if include is not None or exclude is not None:
-        return select(model, include, exclude)
-    entries = [entry for entry in named_parameters(model) if not kind_of(entry)]
-    if not entries:
-        raise ValueError(f"{type(model).__name__} has no weight of two or more dimensions; name some: include=...")
-    return entries
 
 
 def _count(entry: Selected) -> Tensor:
