@@ -187,7 +187,8 @@ def frontier(
         if scores.shape[1] > 1:
             axes.fill_between(left, low, high, color=style["color"], alpha=0.2, linewidth=0)
             axes.vlines(left.tolist(), low.tolist(), high.tolist(), color=style["color"], linewidth=0.8)
-        axes.plot(left, middle, **style, label=name)
+        dashes = style["linestyle"] if len(left) > 1 else ""
+        axes.plot(left, middle, **{**style, "linestyle": dashes}, label=name)
     for (name, level), dashes in zip(levels.items(), _DASHES[1:] * len(levels), strict=False):
         if len(level) > 1:
             axes.axhspan(level.min().item(), level.max().item(), color="0.5", alpha=0.2, linewidth=0, zorder=0)
@@ -263,7 +264,7 @@ def weight_histogram(
     *,
     include: Selector | None = None,
     exclude: Selector | None = None,
-    bins: int = 80,
+    bins: int = 60,
     figure: Figure | SubFigure | None = None,
 ) -> Figure:
     """The weights that are not zero in bins, and the exact zeros beside them as one bar with their number.
@@ -283,13 +284,13 @@ def weight_histogram(
         ImportError: Matplotlib is missing.
 
     >>> figure = weight_histogram(torch.tensor([[0.0, 0.5], [0.0, -1.0]]))
-    >>> [text.get_text() for text in figure.axes[0].texts]
-    ['50.00% exact zeros: 2 of 4']
+    >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    ['2 not zero', '50.00% exact zeros: 2 of 4']
     """
     if isinstance(bins, bool) or not isinstance(bins, int):
-        raise TypeError(f"bins={bins!r} is a {type(bins).__name__}, not an integer; pass a number such as 80")
+        raise TypeError(f"bins={bins!r} is a {type(bins).__name__}, not an integer; pass a number such as 60")
     if bins < 1:
-        raise ValueError(f"bins={bins} must be at least 1; pass a number such as 80")
+        raise ValueError(f"bins={bins} must be at least 1; pass a number such as 60")
     entries = _entries(source, include, exclude)
     finite, zeros, total, strange = [], 0, 0, 0
     for entry in entries:
@@ -300,28 +301,31 @@ def weight_histogram(
         strange += len(left) - len(finite[-1])
     values = torch.cat(finite)
 
-    parent = _canvas(figure, 4.6, 3.0)
+    parent = _canvas(figure, 4.6, 3.1)
     axes = _axes(parent)
-    width = 1.0
-    if len(values):
+    axes.set_yscale("log")
+    width, tallest = 0.05, 0
+    if not len(values):
+        axes.set_xlim(-1, 1)
+    else:
         low, high = values.min().item(), values.max().item()
         width = (high / bins - low / bins) or abs(high) / bins
         # Whole multiples of the width, so that 0 is an edge and no bin has both signs.
         cells = (values / width).floor()
         counts = (cells - cells.min()).long().bincount()
+        tallest = int(counts.max())
         edges = (cells.min() + torch.arange(len(counts) + 1)) * width
-        axes.stairs(counts.tolist(), edges.tolist(), fill=True, color=_COLOURS[2], label="nonzero weights")
+        axes.stairs(counts.tolist(), edges.tolist(), fill=True, color=_COLOURS[2], label=f"{len(values):,} not zero")
     if zeros:
-        # Hatched: told from the bins in grey-scale too. Half as wide as one, so that both its neighbours show.
-        width = width / 2 if len(values) else 0.1
-        axes.bar(0, zeros, width, color=_COLOURS[4], edgecolor="black", linewidth=0.6, hatch="////", zorder=3)
-    said = f"{zeros / total:.2%} exact zeros: {zeros:,} of {total:,}" if total else "no weights"
+        said = f"{zeros / total:.2%} exact zeros: {zeros:,} of {total:,}"
+        axes.bar(0, zeros, width, color=_COLOURS[4], edgecolor="white", linewidth=0.5, zorder=3, label=said)
     if strange:
-        said += f"\n{strange:,} not finite, not drawn"
-    axes.set(yscale="log", ylim=(0.7, None))
-    axes.annotate(
-        said, (0.98, 1), xycoords="axes fraction", xytext=(0, 3), textcoords="offset points", ha="right", va="bottom"
-    ).set_fontsize("small")
+        axes.bar(0, 0, 0, color="none", label=f"{strange:,} not finite, not drawn")
+    if not total:
+        axes.bar(0, 0, 0, color="none", label="no weights")
+    axes.set_ylim(0.7, 2 * max(zeros, tallest, 5))  # from below 1: a bin of one weight is seen
+    # Above the axes, where no bin is.
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize="small", frameon=False, borderpad=0)
     axes.set_xlabel("|weight|" if any(e.parameter.is_complex() for e in entries) else "weight", fontsize="small")
     axes.set_ylabel("number of weights", fontsize="small")
     return parent.figure
@@ -350,8 +354,9 @@ def input_map(
         ImportError: Matplotlib is missing.
 
     >>> figure = input_map(torch.tensor([[3.0, 0.0], [4.0, 0.0]]))
-    >>> figure.axes[0].get_title()
-    'weight: 1 of 2 inputs live'
+    >>> print(figure.axes[0].get_title())
+    weight
+    1 of 2 inputs live (grey: dead)
     """
     entry = _first(source, name)
     strengths = input_strengths(entry).cpu().double()
@@ -365,7 +370,9 @@ def input_map(
     top = strengths[finite].max().item() if bool(finite.any()) else 0.0
     top = top or 1.0  # all dead: any scale will do
     dead = strengths == 0
-    title = f"{entry.name}: {count - int(dead.sum())} of {count} inputs live"
+    title = f"{_short(entry.name)}\n{count - int(dead.sum())} of {count} inputs live"
+    if bool(dead.any()):
+        title += " (grey: dead)"
     if not bool(finite.all()):
         title += f"\n{int((~finite).sum())} with weights that are not finite"
 
@@ -379,7 +386,8 @@ def input_map(
         axes.stairs(strengths.where(finite, 0).tolist(), edges, fill=True, color=_COLOURS[2], label="norm")
         axes.stairs((top * ~finite).tolist(), edges, fill=True, color=_COLOURS[4], label="not finite")
         axes.set(xlim=(-0.5, max(count, 1) - 0.5), ylim=(0, 1.05 * top))
-        axes.set_xlabel(_dead_note("input", dead), fontsize="small")
+        axes.locator_params(axis="x", integer=True)
+        axes.set_xlabel("input", fontsize="small")
         axes.set_ylabel("norm of its weights", fontsize="small")
         axes.set_title(title, fontsize="small")
         return parent.figure
@@ -392,13 +400,11 @@ def input_map(
     for channel, (axes, pixels) in enumerate(zip(panels, shown, strict=True)):
         image = axes.imshow(pixels.numpy(), cmap=colours, vmin=0, vmax=top, interpolation="nearest")
         axes.set(xticks=[], yticks=[])
-        axes.set_xlabel(_dead_note(f"channel {channel}" if channels > 1 else "", dead), fontsize="small")
+        axes.set_title(f"channel {channel}" if channels > 1 else title, fontsize="small")
     if channels > 1:
         parent.suptitle(title, fontsize="small")
-    else:
-        panels[0].set_title(title, fontsize="small")
     bar = parent.colorbar(image, ax=list(panels), shrink=0.8)
-    bar.set_label("norm of an input's weights", fontsize="small")
+    bar.set_label("norm of its weights", fontsize="small")
     bar.ax.tick_params(labelsize="small")
     return parent.figure
 
@@ -438,34 +444,32 @@ def masks(
         raise ValueError(f"most={most} must be at least 1; pass a number such as 12")
     entries = _entries(source, include, exclude)
     shown, hidden = entries[:most], entries[most:]
+    matrices = [_matrix(units.nonzero(entry), entry.owner) for entry in shown]
+    # Strips thinner than 1 : 3 are drawn thicker than they are, and towers as squares.
+    aspects = [min(max(alive.shape[0] / max(alive.shape[1], 1), 1 / 3), 1.0) for alive in matrices]
     columns = min(len(shown), 4)
-    rows = -(-len(shown) // columns)
+    ratios = [max(aspects[i : i + columns]) for i in range(0, len(shown), columns)]
 
-    parent = _canvas(figure, 1.8 * max(columns, 2), 0.3 + 2.1 * rows)
-    panels = parent.subplots(rows, columns, squeeze=False).ravel()
-    for axes, entry in itertools.zip_longest(panels, shown):
-        if entry is None:
-            axes.set_axis_off()
-            continue
-        alive, pixels = _matrix(units.nonzero(entry), entry.owner), mask_pixels(entry).cpu()
-        height, width = alive.shape
+    parent = _canvas(figure, 0.2 + 1.7 * max(columns, 2), 0.4 + sum(0.5 + 1.6 * ratio for ratio in ratios))
+    panels = parent.subplots(len(ratios), columns, squeeze=False, height_ratios=ratios).ravel()
+    for axes in panels[len(shown) :]:
+        axes.set_axis_off()
+    for axes, entry, alive, aspect in zip(panels, shown, matrices, aspects, strict=False):
+        pixels = mask_pixels(entry).cpu()
         share = alive.double().mean().item() if alive.numel() else 0.0
-        title = f"{_short(entry.name)}\n{tables.shape_text(entry.parameter.shape)}, {share:.2%} left"
-        darkest = 1.0
+        title, darkest = f"{_short(entry.name)}\n{tables.shape_text(entry.parameter.shape)}, {share:.2%} left", 1.0
         if pixels.shape != alive.shape:
+            block = [-(-long // short) for long, short in zip(alive.shape, pixels.shape, strict=True)]
             darkest = pixels.max().item() or 1.0
-            block = f"{-(-height // len(pixels))}×{-(-width // pixels.shape[1])}"
-            title += f"\nblack: {darkest:.0%} of a {block} block"
+            title += f"\nblack: {darkest:.0%} of a {tables.shape_text(block)} block"
         if alive.numel():
             axes.imshow(pixels.numpy(), cmap="gray_r", vmin=0, vmax=darkest, aspect="auto")
-            axes.set_box_aspect(min(max(height / width, 1 / 3), 1.0))
+        axes.set_box_aspect(aspect)
+        axes.set_anchor("N")
         axes.set(xticks=[], yticks=[])
         axes.set_title(title, fontsize="x-small")
-    parent.supxlabel(
-        f"inputs (× kernel)\n{len(hidden)} more weights are not shown" if hidden else "inputs (× kernel)",
-        fontsize="small",
-    )
-    parent.supylabel("neurons", fontsize="small")
+    note = f"; {len(hidden)} more weights are not shown" if hidden else ""
+    parent.supxlabel(f"rows: neurons; columns: inputs (× kernel){note}", fontsize="small")
     return parent.figure
 
 
@@ -638,7 +642,7 @@ def _shares(measurements: object) -> tuple[dict[str, Tensor], Tensor | None]:
     total = _share_of("overview/sparsity", measurements) if "overview/sparsity" in keys else None
     if not shares and total is None:
         raise ValueError(
-            f"no sparsity was measured among {list(keys)[:5]}; its keys are sparsity/<parameter name> and overview/sparsity"
+            f"no sparsity was measured among {list(keys)[:5]}; its keys are sparsity/<name> and overview/sparsity"
         )
     return {key.removeprefix("sparsity/"): values for key, values in shares.items()}, total
 
@@ -712,7 +716,7 @@ def _axes(parent: Any) -> Axes:
 
 def _plain(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize="small")
+    axes.tick_params(which="both", labelsize="small")
 
 
 def _styles() -> Iterator[dict[str, Any]]:
@@ -755,12 +759,11 @@ def _heat_map(times: Tensor, layers: Mapping[str, Tensor], total: Tensor | None,
     from matplotlib.ticker import PercentFormatter
 
     count = len(layers)
-    parent = _canvas(figure, 6.5, 2 + min(0.14 * count, 6))
-    upper, lower = None, None
+    parent = _canvas(figure, 6.0, 2 + min(0.14 * count, 5.5))
     if total is None:
         lower = parent.subplots()
     else:
-        upper, lower = parent.subplots(2, 1, sharex=True, height_ratios=[1, 3])
+        upper, lower = parent.subplots(2, 1, sharex=True, height_ratios=[1, 4])
         _plain(upper)
         upper.plot(times, total, color="black", linewidth=1.8, marker="o" if len(times) == 1 else "", label="total")
         _share_axis(upper, "total")
@@ -779,15 +782,16 @@ def _heat_map(times: Tensor, layers: Mapping[str, Tensor], total: Tensor | None,
         vmax=1,
         rasterized=True,  # a PDF of hundreds of thousands of cells opens in no reader
     )
-    every = max(1, math.ceil(count / (_inches(parent) * (0.7 if total is None else 0.5) / 0.13)))
-    named = range(0, count, every)
-    lower.set_yticks([i + 0.5 for i in named], [_short(list(layers)[i]) for i in named])
+    pattern, names = _without_common(list(layers))
+    every = math.ceil(count / max(1, (_inches(parent) - 0.7) * (0.95 if total is None else 0.75) / 0.12))
+    lower.set_yticks([i + 0.5 for i in range(0, count, every)], [_short(name) for name in names[::every]])
     lower.tick_params(axis="y", labelsize="x-small", length=0)
     lower.tick_params(axis="x", labelsize="small")
     lower.invert_yaxis()
     lower.set_xlabel("step", fontsize="small")
-    if every > 1:
-        lower.set_ylabel(f"{count} layers, every {every}th named", fontsize="small")
+    lower.set_ylabel(
+        _short(pattern, 50) + (f"\n{count} rows, 1 in {every} named" if every > 1 else ""), fontsize="small"
+    )
     bar = parent.colorbar(mesh, ax=lower, format=PercentFormatter(1))
     bar.set_label("exact zeros", fontsize="small")
     bar.ax.tick_params(labelsize="small")
@@ -805,7 +809,7 @@ def _label_ends(axes: Axes, lines: Sequence[Line2D]) -> None:
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)  # the places are in its units
     gap = 0.16 / (0.75 * _inches(axes.figure)) * (high - low)
-    for place, (height, line) in zip(_apart([height for height, _ in ends], gap), ends, strict=True):
+    for place, (height, line) in zip(_apart([height for height, _ in ends], gap, low, high), ends, strict=True):
         axes.annotate(
             _short(str(line.get_label())),
             (1, height),
@@ -814,12 +818,21 @@ def _label_ends(axes: Axes, lines: Sequence[Line2D]) -> None:
             textcoords=axes.get_yaxis_transform(),
             va="center",
             fontsize="small",
-            arrowprops={"arrowstyle": "-", "color": line.get_color(), "linewidth": 1, "shrinkA": 0, "shrinkB": 0},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": line.get_color(),
+                "relpos": (0, 0.5),  # to the text's left edge, not across it
+                "shrinkA": 0,
+                "shrinkB": 0,
+            },
         )
 
 
-def _apart(places: Sequence[float], gap: float) -> list[float]:
-    """The nearest places in least squares that are `gap` apart: pooled neighbours, as in isotonic regression."""
+def _apart(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """The nearest places in least squares, of ascending `places`, that are `gap` apart and within low to high.
+
+    Less i·gap it is isotonic regression: neighbours that come too near are pooled, and bounds clip what comes out.
+    """
     pools: list[tuple[float, int]] = []
     for i, place in enumerate(places):
         mean, size = place - i * gap, 1
@@ -828,17 +841,23 @@ def _apart(places: Sequence[float], gap: float) -> list[float]:
             mean, size = (before * more + mean * size) / (more + size), more + size
         pools.append((mean, size))
     levels = [mean for mean, size in pools for _ in range(size)]
-    return [level + i * gap for i, level in enumerate(levels)]
+    return [max(low, min(level, high - (len(levels) - 1) * gap)) + i * gap for i, level in enumerate(levels)]
 
 
 def _inches(parent: Any) -> float:
     return float(parent.bbox.height / parent.figure.dpi)
 
 
+def _without_common(names: Sequence[str]) -> tuple[str, list[str]]:
+    """What dotted names share at their ends, as a pattern ("layers.*.weight"), and what is left of each."""
+    parts = [name.split(".") for name in names]
+    most = min(map(len, parts)) - 1  # something is left of the shortest
+    first = next((i for i in range(most) if len({own[i] for own in parts}) > 1), most)
+    last = next((i for i in range(most - first) if len({own[-1 - i] for own in parts}) > 1), most - first)
+    pattern = ".".join([*parts[0][:first], "*", *parts[0][len(parts[0]) - last :]])
+    return "layer" if pattern == "*" else pattern, [".".join(own[first : len(own) - last]) for own in parts]
+
+
 def _short(name: str, most: int = 32) -> str:
     """A long name without its middle: layers differ at both ends."""
     return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most // 2) :]}"
-
-
-def _dead_note(label: str, dead: Tensor) -> str:
-    return " ".join(filter(None, [label, "(grey: dead)" if bool(dead.any()) else ""]))
