@@ -216,7 +216,7 @@ def public(module: types.ModuleType) -> dict[str, object]:
 
 PUBLIC = {
     f"{module.__name__}.{name}": value
-    for module in (torchreg, torchreg.optim, torchreg.functional)
+    for module in (torchreg, torchreg.optim, torchreg.functional, torchreg.plots)
     for name, value in public(module).items()
 }
 

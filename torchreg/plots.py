@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 # Okabe and Ito without the yellow, which white paper swallows; neighbours far apart in lightness too.
-_COLOURS = ["#000000", "#E69F00", "#0072B2", "#56B4E9", "#D55E00", "#CC79A7", "#009E73"]
+_BLUE, _VERMILION = "#0072B2", "#D55E00"
+_COLOURS = ["#000000", "#E69F00", _BLUE, "#CC79A7", _VERMILION, "#56B4E9", "#009E73"]
 _MARKERS = ["o", "s", "D", "^", "v", "P", "X"]
 _DASHES = ["-", "--", "-.", ":"]
 _DEAD = "lightgrey"
@@ -196,8 +197,8 @@ def frontier(
     _left_axis(axes, torch.cat([left for left, _ in curves.values()]))
     axes.set_ylabel(score, fontsize="small")
     axes.grid(color="0.9", linewidth=0.6)
-    seeds = max([scores.shape[1] for _, scores in curves.values()] + [len(level) for level in levels.values()])
-    title = f"median and range of {seeds} seeds" if seeds > 1 else None
+    seeds = {*(scores.shape[1] for _, scores in curves.values()), *map(len, levels.values())} - {1}
+    title = f"median and range of {' or '.join(map(str, sorted(seeds)))} seeds" if seeds else None
     axes.legend(fontsize="small", title=title, title_fontsize="small", frameon=False, handlelength=3)
     return parent.figure
 
@@ -211,8 +212,8 @@ def sparsity_over_time(
     """The share of exact zeros in each layer, and in all, while a network trains.
 
     Up to six layers are lines with their names at the end. More are the rows of a heat map, under a line of the total:
-    with hundreds of layers only every so many rows are named. Where a layer was not measured, its line has a gap and
-    its row is grey.
+    with hundreds of layers only every so many rows are named. A line joins the steps at which its layer was measured; a
+    row is grey at the others.
 
     Args:
         steps: when it was measured, increasing.
@@ -251,7 +252,8 @@ def sparsity_over_time(
     lines = []
     for (name, shares), style in zip(curves.items(), _styles(), strict=False):
         width = 2.2 if shares is total else style["linewidth"]
-        lines += axes.plot(times, shares, **{**style, "marker": marker, "linewidth": width}, label=name)
+        known = ~shares.isnan()
+        lines += axes.plot(times[known], shares[known], **{**style, "marker": marker, "linewidth": width}, label=name)
     axes.margins(x=0)
     axes.set_xlabel("step", fontsize="small")
     _share_axis(axes, "exact zeros")
@@ -295,30 +297,32 @@ def weight_histogram(
     finite, zeros, total, strange = [], 0, 0, 0
     for entry in entries:
         w, alive = checks.widened(entry.parameter.detach()), units.nonzero(entry)
-        left = (w.abs() if w.is_complex() else w)[alive].cpu().double()
+        left = (w.abs() if w.is_complex() else w)[alive].cpu()
         finite.append(left[left.isfinite()])
         zeros, total = zeros + w.numel() - len(left), total + w.numel()
         strange += len(left) - len(finite[-1])
-    values = torch.cat(finite)
+    finite = [values for values in finite if len(values)]
 
     parent = _canvas(figure, 4.6, 3.1)
     axes = _axes(parent)
     axes.set_yscale("log")
     width, tallest = 0.05, 0
-    if not len(values):
+    if not finite:
         axes.set_xlim(-1, 1)
     else:
-        low, high = values.min().item(), values.max().item()
-        width = (high / bins - low / bins) or abs(high) / bins
-        # Whole multiples of the width, so that 0 is an edge and no bin has both signs.
-        cells = (values / width).floor()
-        counts = (cells - cells.min()).long().bincount()
+        low, high = min(values.min().item() for values in finite), max(values.max().item() for values in finite)
+        width = (high / bins - low / bins) or abs(high) / bins or 1.0
+        # Bins are whole multiples of the width: 0 is an edge, and no bin has both signs.
+        first, last = math.floor(low / width), math.floor(high / width)
+        counts = torch.zeros(last - first + 1, dtype=torch.long)
+        for values in finite:
+            counts += ((values.double() / width).floor() - first).long().bincount(minlength=len(counts))
         tallest = int(counts.max())
-        edges = (cells.min() + torch.arange(len(counts) + 1)) * width
-        axes.stairs(counts.tolist(), edges.tolist(), fill=True, color=_COLOURS[2], label=f"{len(values):,} not zero")
+        edges = [(first + i) * width for i in range(len(counts) + 1)]
+        axes.stairs(counts.tolist(), edges, fill=True, color=_BLUE, label=f"{int(counts.sum()):,} not zero")
     if zeros:
         said = f"{zeros / total:.2%} exact zeros: {zeros:,} of {total:,}"
-        axes.bar(0, zeros, width, color=_COLOURS[4], edgecolor="white", linewidth=0.5, zorder=3, label=said)
+        axes.bar(0, zeros, width, color=_VERMILION, edgecolor="white", linewidth=0.5, zorder=3, label=said)
     if strange:
         axes.bar(0, 0, 0, color="none", label=f"{strange:,} not finite, not drawn")
     if not total:
@@ -383,8 +387,8 @@ def input_map(
         edges = [i - 0.5 for i in range(count + 1)]
         # One artist each, where `bar` would make one an input.
         axes.stairs((top * dead).tolist(), edges, fill=True, color=_DEAD, label="dead")
-        axes.stairs(strengths.where(finite, 0).tolist(), edges, fill=True, color=_COLOURS[2], label="norm")
-        axes.stairs((top * ~finite).tolist(), edges, fill=True, color=_COLOURS[4], label="not finite")
+        axes.stairs(strengths.where(finite, 0).tolist(), edges, fill=True, color=_BLUE, label="norm")
+        axes.stairs((top * ~finite).tolist(), edges, fill=True, color=_VERMILION, label="not finite")
         axes.set(xlim=(-0.5, max(count, 1) - 0.5), ylim=(0, 1.05 * top))
         axes.locator_params(axis="x", integer=True)
         axes.set_xlabel("input", fontsize="small")
@@ -394,7 +398,7 @@ def input_map(
 
     from matplotlib import colormaps
 
-    colours = colormaps["viridis"].with_extremes(bad=_DEAD, over=_COLOURS[4])
+    colours = colormaps["viridis"].with_extremes(bad=_DEAD, over=_VERMILION)
     shown = strengths.where(finite, 2 * top).where(~dead, math.nan).reshape(-1, *shape[-2:])
     panels = parent.subplots(1, channels, squeeze=False)[0]
     for channel, (axes, pixels) in enumerate(zip(panels, shown, strict=True)):
@@ -456,7 +460,7 @@ def masks(
         axes.set_axis_off()
     for axes, entry, alive, aspect in zip(panels, shown, matrices, aspects, strict=False):
         pixels = mask_pixels(entry).cpu()
-        share = alive.double().mean().item() if alive.numel() else 0.0
+        share = int(alive.sum()) / max(alive.numel(), 1)
         title, darkest = f"{_short(entry.name)}\n{tables.shape_text(entry.parameter.shape)}, {share:.2%} left", 1.0
         if pixels.shape != alive.shape:
             block = [-(-long // short) for long, short in zip(alive.shape, pixels.shape, strict=True)]
@@ -574,16 +578,11 @@ def _first(source: object, name: str | None) -> Selected:
 def _numbers(name: str, values: Any, dims: tuple[int, ...]) -> Tensor:
     """`values` as finite float64 on the CPU in one of `dims` numbers of dimensions; lists may hold tensors."""
     if not isinstance(values, Tensor):
-        if isinstance(values, (list, tuple)):
-            values = [value.tolist() if hasattr(value, "tolist") else value for value in values]
-        elif hasattr(values, "tolist"):
-            values = values.tolist()  # of an array: strides and byte orders that torch does not take are no matter
         try:
-            values = torch.tensor(values, dtype=torch.float64)
+            values = torch.tensor(_listed(values), dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(
-                f"{name} cannot be drawn as real numbers ({error}); pass an array, a tensor or lists"
-            ) from error
+            kind = ValueError if isinstance(error, ValueError) else TypeError
+            raise kind(f"{name} is no array of real numbers ({error}); pass an array, a tensor or lists") from error
     if values.is_complex():
         raise TypeError(f"{name} is complex, and a plot has no axis for it; pass its modulus, .abs()")
     numbers = values.detach().cpu().double()
@@ -597,6 +596,13 @@ def _numbers(name: str, values: Any, dims: tuple[int, ...]) -> Tensor:
         strange = int((~numbers.isfinite()).sum())
         raise ValueError(f"{name} has {strange} of {numbers.numel()} numbers that are not finite; leave these runs out")
     return numbers
+
+
+def _listed(values: Any) -> Any:
+    """Arrays and tensors as lists, inside of lists too: then strides and byte orders foreign to torch do not matter."""
+    if hasattr(values, "tolist"):
+        return values.tolist()
+    return [_listed(value) for value in values] if isinstance(values, (list, tuple)) else values
 
 
 def _mapping(name: str, values: object) -> Mapping[str, Any]:
@@ -674,7 +680,7 @@ def _input_shape(shape: Sequence[int], count: int, name: str) -> tuple[int, ...]
         sizes = tuple(operator.index(size) for size in shape)
     except TypeError as error:
         raise TypeError(f"shape={shape!r} is no shape; pass integers such as (28, 28)") from error
-    if not 1 <= len(sizes) <= 3 or math.prod(sizes) != count or any(size < 0 for size in sizes):
+    if not 1 <= len(sizes) <= 3 or min(sizes) < 1 or math.prod(sizes) != count:
         raise ValueError(
             f"shape={sizes} does not hold the {count} inputs of {name}; pass (inputs,), (height, width) or (channels, "
             f"height, width) whose product is {count}, or None"
