@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
     from numpy.typing import ArrayLike
 
-# Okabe and Ito without the yellow, which white paper swallows; neighbours far apart in lightness too.
+# Okabe and Ito without the yellow, which white paper swallows; in the order whose neighbours differ most in lightness.
 _BLUE, _VERMILION = "#0072B2", "#D55E00"
-_COLOURS = ["#000000", "#E69F00", _BLUE, "#CC79A7", _VERMILION, "#56B4E9", "#009E73"]
+_COLOURS = ["#000000", _VERMILION, "#56B4E9", "#009E73", "#E69F00", _BLUE, "#CC79A7"]
 _MARKERS = ["o", "s", "D", "^", "v", "P", "X"]
 _DASHES = ["-", "--", "-.", ":"]
 _DEAD = "lightgrey"
