@@ -19,12 +19,9 @@ import argparse
 import time
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # writes a file, opens no window
-import matplotlib.pyplot as plt
 import mnist_data
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -155,14 +152,14 @@ for name, penalty in runs.items():
                 writer.add_scalar(f"weight_norm_l2/{layer.name}", weight.square().sum().sqrt(), epoch)
         bar.close()
     writer.close()
-    strength = model.fc1.weight.detach().abs().sum(0)  # of each pixel; 0 if no weight reads it
-    results.append((name, accuracy, zeros, strength, seconds))
+    results.append((name, accuracy, zeros, model.fc1.weight.detach(), seconds))
 
 columns = ["run", f"{score} %", "refitted %", "zeros %", "fc1 left", "fc2 left", "fc3 left", "live pixels", "seconds"]
 rows = []
-for name, accuracy, zeros, strength, seconds in results:
+for name, accuracy, zeros, _, seconds in results:
     left = [f"{layer.weights - layer.zeros:,}" for layer in zeros.layers]
-    pixels = f"{(strength > 0).sum()} of {len(strength)}"
+    fc1 = zeros["fc1.weight"]
+    pixels = f"{fc1.inputs - fc1.dead_inputs} of {fc1.inputs}"
     percents = [f"{100 * share:.2f}" for share in (accuracy["train"], accuracy["refit"], zeros.fraction)]
     rows.append([name, *percents, *left, pixels, f"{seconds:.0f}"])
 widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
@@ -170,22 +167,13 @@ print()
 for row in [columns, ["-" * width for width in widths], *rows]:
     print(row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:]), sep="  ")
 
-side = int(x_train.shape[1] ** 0.5)
-figure = plt.figure(figsize=(11, 3.4), layout="constrained")
-axes = figure.subplots(1, 4, width_ratios=[1, 1, 1, 1.6])
-for axis, (name, _, _, strength, _) in zip(axes, results[1:], strict=False):
-    axis.imshow(strength.where(strength > 0, torch.nan).reshape(side, side), cmap="viridis")
-    axis.set(title=f"{name}\n{(strength > 0).sum()} of {len(strength)} pixels live", xticks=[], yticks=[])
-    axis.set_facecolor("lightgrey")
-best = 100 * max(accuracy["refit"] for _, accuracy, _, _, _ in results)
-for (name, accuracy, zeros, _, _), marker, colour in zip(
-    results, "osD^", ["#000000", "#E69F00", "#0072B2", "#D55E00"], strict=True
-):  # colours that colour-blind readers tell apart
-    axes[3].plot(100 * zeros.fraction, 100 * accuracy["refit"], marker, color=colour, markersize=9, label=name)
-axes[3].set(title="sparsity and accuracy", xlabel="exact zeros (%)", ylabel=f"{score} accuracy, refitted (%)")
-axes[3].set(xlim=(-5, 105), ylim=(best - 1.5, best + 0.5))
-axes[3].grid(alpha=0.3)
-axes[3].legend(loc="lower center")
+figure = Figure(figsize=(11, 2.7), layout="constrained")
+*maps, last = figure.subfigures(1, 4, width_ratios=[1, 1, 1, 1.4])
+for part, (name, _, _, weight, _) in zip(maps, results[1:], strict=True):
+    tr.plots.input_map(weight, figure=part)
+    part.suptitle(name, fontsize="medium")
+points = {name: (zeros.fraction, 100 * accuracy["refit"]) for name, accuracy, zeros, _, _ in results}
+tr.plots.frontier(points, score=f"{score} accuracy, refitted (%)", figure=last)
 picture = args.out / "mnist_mlp.png"
 figure.savefig(picture, dpi=150)
 print(f"\npicture: {picture}     dashboard: tensorboard --logdir {args.out}")

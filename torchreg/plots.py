@@ -358,9 +358,8 @@ def input_map(
         ImportError: Matplotlib is missing.
 
     >>> figure = input_map(torch.tensor([[3.0, 0.0], [4.0, 0.0]]))
-    >>> print(figure.axes[0].get_title())
-    weight
-    1 of 2 inputs live (grey: dead)
+    >>> figure.axes[0].get_title()
+    '1 of 2 inputs live'
     """
     entry = _first(source, name)
     strengths = input_strengths(entry).cpu().double()
@@ -374,11 +373,13 @@ def input_map(
     top = strengths[finite].max().item() if bool(finite.any()) else 0.0
     top = top or 1.0  # all dead: any scale will do
     dead = strengths == 0
-    title = f"{_short(entry.name)}\n{count - int(dead.sum())} of {count} inputs live"
-    if bool(dead.any()):
-        title += " (grey: dead)"
+    title = f"{count - int(dead.sum())} of {count} inputs live"
+    if not isinstance(source, Tensor):
+        title = f"{_short(entry.name)}\n{title}"
     if not bool(finite.all()):
         title += f"\n{int((~finite).sum())} with weights that are not finite"
+
+    note = "grey: dead" if bool(dead.any()) else ""
 
     channels = shape[0] if len(shape) == 3 else 1
     parent = _canvas(figure, *((5.0, 2.2) if len(shape) == 1 else (1.2 + 2.4 * channels, 2.9)))
@@ -391,7 +392,7 @@ def input_map(
         axes.stairs((top * ~finite).tolist(), edges, fill=True, color=_VERMILION, label="not finite")
         axes.set(xlim=(-0.5, max(count, 1) - 0.5), ylim=(0, 1.05 * top))
         axes.locator_params(axis="x", integer=True)
-        axes.set_xlabel("input", fontsize="small")
+        axes.set_xlabel(f"input ({note})" if note else "input", fontsize="small")
         axes.set_ylabel("norm of its weights", fontsize="small")
         axes.set_title(title, fontsize="small")
         return parent.figure
@@ -405,9 +406,11 @@ def input_map(
         image = axes.imshow(pixels.numpy(), cmap=colours, vmin=0, vmax=top, interpolation="nearest")
         axes.set(xticks=[], yticks=[])
         axes.set_title(f"channel {channel}" if channels > 1 else title, fontsize="small")
+        axes.set_xlabel(note, fontsize="small")
     if channels > 1:
         parent.suptitle(title, fontsize="small")
-    bar = parent.colorbar(image, ax=list(panels), shrink=0.8)
+    # Beside the last image and as high as it is, which the layout alone does not see to.
+    bar = parent.colorbar(image, cax=panels[-1].inset_axes((1.04, 0, 0.06, 1)))
     bar.set_label("norm of its weights", fontsize="small")
     bar.ax.tick_params(labelsize="small")
     return parent.figure
