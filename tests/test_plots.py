@@ -145,6 +145,18 @@ def test_a_part_of_ones_own_page_takes_every_figure(name, monkeypatch):
     assert png(page)
 
 
+def test_the_default_device_has_no_say():
+    weight = torch.eye(3)
+    with torch.device("meta"):  # as set_default_device("cuda") on a machine that has one
+        plots.regularization_path([1.0, 0.1], [[0.0, 0.0], [0.5, -0.1]], names=["a", "b"])
+        plots.frontier({"a": ([0.5, 0.9], [[0.9, 0.8], [0.7, 0.8]])})
+        plots.sparsity_over_time(range(5), measured(3))
+        plots.sparsity_over_time(range(5), measured(9))
+        plots.weight_histogram(weight)
+        plots.input_map(weight)
+        plots.masks(weight)
+
+
 def test_what_is_no_figure_is_refused():
     with pytest.raises(TypeError, match="Axes"):
         plots.masks(torch.eye(2), figure=Figure().subplots())

@@ -134,8 +134,8 @@ def regularization_path(
     _label_ends(axes, coloured)
 
     # Counts stand at λs of the path, where they are exact, and not at the round numbers between them.
-    wanted = torch.linspace(math.log(largest), math.log(smallest), 7, dtype=torch.float64)
-    nearest = sorted({int((grid.log() - tick).abs().argmin()) for tick in wanted})
+    wanted = [largest * (smallest / largest) ** (i / 6) for i in range(7)]
+    nearest = sorted({int((grid / tick).log().abs().argmin()) for tick in wanted})
     above = axes.secondary_xaxis("top")
     above.set_xticks(grid[nearest].tolist(), [str(int(count)) for count in alive.sum(1)[nearest]])
     above.set_xticks([], minor=True)
@@ -314,7 +314,7 @@ def weight_histogram(
         width = (high / bins - low / bins) or abs(high) / bins or 1.0
         # Bins are whole multiples of the width: 0 is an edge, and no bin has both signs.
         first, last = math.floor(low / width), math.floor(high / width)
-        counts = torch.zeros(last - first + 1, dtype=torch.long)
+        counts = torch.zeros(last - first + 1, dtype=torch.long, device="cpu")
         for values in finite:
             counts += ((values.double() / width).floor() - first).long().bincount(minlength=len(counts))
         tallest = int(counts.max())
@@ -582,7 +582,7 @@ def _numbers(name: str, values: Any, dims: tuple[int, ...]) -> Tensor:
     """`values` as finite float64 on the CPU in one of `dims` numbers of dimensions; lists may hold tensors."""
     if not isinstance(values, Tensor):
         try:
-            values = torch.tensor(_listed(values), dtype=torch.float64)
+            values = torch.tensor(_listed(values), dtype=torch.float64, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             kind = ValueError if isinstance(error, ValueError) else TypeError
             raise kind(f"{name} is no array of real numbers ({error}); pass an array, a tensor or lists") from error
@@ -666,7 +666,7 @@ def _share_of(key: str, measurements: Sequence[Mapping[str, Any]]) -> Tensor:
         if value < 0 or value > 1:
             raise ValueError(f"{key} is {value:g}, and a share lies between 0 and 1; divide percents by 100")
         values.append(value)
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _names(names: object, count: int) -> list[str]:
@@ -784,7 +784,7 @@ def _heat_map(times: Tensor, layers: Mapping[str, Tensor], total: Tensor | None,
     edges = torch.cat([ends[0], middles, ends[1]])
     mesh = lower.pcolormesh(
         edges.numpy(),
-        torch.arange(count + 1).numpy(),
+        range(count + 1),
         torch.stack(list(layers.values())).numpy(),
         cmap=colormaps["viridis"].with_extremes(bad=_DEAD),
         vmin=0,
@@ -811,7 +811,7 @@ def _label_ends(axes: Axes, lines: Sequence[Line2D]) -> None:
     """The label of each line beside its end, as near as the others allow."""
     ends = []
     for line in lines:
-        heights = torch.as_tensor(line.get_ydata(), dtype=torch.float64)
+        heights = torch.as_tensor(line.get_ydata(), dtype=torch.float64, device="cpu")
         if len(heights := heights[~heights.isnan()]):
             ends.append((heights[-1].item(), line))
     ends.sort(key=lambda end: end[0])
