@@ -1,5 +1,6 @@
 """What every doctest may use without importing it: torch, nn and the public names."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,14 @@ from torch import nn
 import torchreg
 
 torch.set_num_threads(1)  # on models this small, threads waiting for each other take most of the time
+
+
+@pytest.fixture(autouse=True)
+def _examples_leave_nothing_behind(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if isinstance(request.node, pytest.DoctestItem):
+        monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,8 @@ from torchreg.kernels import Backends as Backends
 from torchreg.kernels import backends as backends
 from torchreg.loss import LastLoss as LastLoss
 from torchreg.loss import RegularizedLoss as RegularizedLoss
+from torchreg.monitor import TensorBoardMonitor as TensorBoardMonitor
+from torchreg.monitor import measure as measure
 from torchreg.penalties import L1 as L1
 from torchreg.penalties import L2 as L2
 from torchreg.penalties import ElasticNet as ElasticNet

@@ -34,6 +34,11 @@ class LastLoss:
         return float(sum(self.by_term.values()))
 
     @property
+    def total(self) -> Tensor:
+        """Their sum, still on its device."""
+        return self._data + sum(value.to(self._data) for value in self._by_term.values())
+
+    @property
     def by_term(self) -> dict[str, float]:
         """The penalty of each term, by its key; empty in evaluation."""
         return {key: float(value) for key, value in self._by_term.items()}

@@ -296,7 +296,8 @@ def weight_histogram(
     entries = _entries(source, include, exclude)
     finite, zeros, total, strange = [], 0, 0, 0
     for entry in entries:
-        w, alive = checks.widened(entry.parameter.detach()), units.nonzero(entry)
+        w = checks.widened(units.weights(entry))
+        alive = w != 0
         left = (w.abs() if w.is_complex() else w)[alive].cpu()
         finite.append(left[left.isfinite()])
         zeros, total = zeros + w.numel() - len(left), total + w.numel()
@@ -500,12 +501,12 @@ def input_strengths(entry: Selected) -> Tensor:
     >>> input_strengths(tr.select(net)[0])
     tensor([5., 0., 1.])
     """
-    w = checks.widened(entry.parameter.detach())
+    w = checks.widened(units.weights(entry))
     if w.dim() < 2:
         raise ValueError(
             f"{entry.name} has shape {tuple(w.shape)} and so no inputs; name a weight with two or more dimensions"
         )
-    size = units.by_input(w.where(units.nonzero(entry), 0).abs(), entry.owner)
+    size = units.by_input(w.abs(), entry.owner)
     size = size.transpose(1, 2).flatten(0, 1).flatten(1)  # (inputs, what reads them)
     if not size.numel():
         return size.new_zeros(len(size))

@@ -9,13 +9,29 @@ from torchreg.selection import Selected
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
+def masked(entry: Selected) -> bool:
+    """torch.nn.utils.prune masks this parameter: the model computes with another."""
+    mask = getattr(entry.owner, entry.attribute.removesuffix("_orig") + "_mask", None)
+    return entry.attribute.endswith("_orig") and isinstance(mask, Tensor)
+
+
+def weights(entry: Selected) -> Tensor:
+    """The weights that the model computes with: 0 where torch.nn.utils.prune masks, whole where they are sharded."""
+    w = entry.parameter.detach()
+    if masked(entry):
+        w = w.masked_fill(getattr(entry.owner, entry.attribute.removesuffix("_orig") + "_mask") == 0, 0)
+    # Each process has a shard of a DTensor. Gathering is a collective: all of them have to come here.
+    return w.full_tensor() if hasattr(w, "full_tensor") else w
+
+
 def nonzero(entry: Selected) -> Tensor:
-    """Which weights are not 0; those that torch.nn.utils.prune masks are."""
-    alive, owner = entry.parameter.detach() != 0, entry.owner
-    mask = getattr(owner, entry.attribute.removesuffix("_orig") + "_mask", None)
-    if entry.attribute.endswith("_orig") and isinstance(mask, Tensor):
-        alive = alive & (mask != 0)
-    return alive
+    """Which weights are not 0."""
+    return weights(entry) != 0
+
+
+def in_plain_order(owner: nn.Module) -> bool:
+    """Its weight is (neurons, inputs, ...): no transposed convolution, and no grouped one."""
+    return not isinstance(owner, _TRANSPOSED) and getattr(owner, "groups", 1) == 1
 
 
 def by_input(w: Tensor, owner: nn.Module) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Adafactor, AdamW, Optimizer
 
 from torchreg.checks import Step
-from torchreg.optim.step_sizes import Diagonal, StepSize, step_size_of
+from torchreg.optim.step_sizes import Diagonal, StepSize, present_step, step_size_of
 from torchreg.penalties import Penalty
 from torchreg.regularizer import Regularizer
 from torchreg.terms import Bound
@@ -193,6 +193,18 @@ class Attachment(Prox):
             return {}
         self._refresh(optimizer)
         return self._held
+
+    def present_steps(self) -> dict[int, Step]:
+        """By `id` of each parameter it carries, the prox step as `step_sizes.present_step` sees it."""
+        optimizer, held = self._optimizer(), self.held()
+        if optimizer is None:
+            return {}
+        return {
+            id(parameter): present_step(self.step_size, optimizer, group, parameter)
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if id(parameter) in held
+        }
 
     def describe(self) -> str:
         """The route's name in `explain()`."""

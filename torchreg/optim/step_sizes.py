@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from types import SimpleNamespace
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -295,6 +296,36 @@ def learning_rate(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor
     return _number(group["lr"])
 
 
+# ---------------------------------------------------------------------- a look from outside
+
+
+def present_step(step_size: StepSize, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step:
+    """The step that the optimizer's state gives now, for a monitor: nothing of the state moves on.
+
+    Returns:
+        A number, or the steps of some 1,000 weights spread evenly over `parameter`. It is 0 before the parameter's
+        first step, and for a `step_size` of the user's that follows the state. β₁ counts as constant; of SGD's momentum
+        it is the coming step.
+    """
+    state = optimizer.state.get(parameter)
+    if not state and not (isinstance(step_size, SGDStep) and parameter.grad is not None):
+        return 0.0
+    if not isinstance(step_size, _OF_SINGLE_WEIGHTS):
+        follows = any(hasattr(step_size, name) for name in ("before", "follow"))
+        follows = follows and not isinstance(step_size, AdafactorStep)
+        return 0.0 if follows else step_size(optimizer, group, parameter)
+    stride = max(1, parameter.numel() // 1000)
+    thinned = {
+        key: value.detach().reshape(-1)[::stride]
+        if isinstance(value, Tensor) and value.shape == parameter.shape
+        else value
+        for key, value in (state or {}).items()
+    }
+    if isinstance(step_size, AdamKin):
+        thinned.pop(AdamKin.KEY, None)
+    return step_size(cast(Optimizer, SimpleNamespace(state={parameter: thinned})), group, parameter)
+
+
 # ---------------------------------------------------------------------- which class has which
 
 adam_step = AdamStep()
@@ -312,6 +343,7 @@ STOCK: dict[type[Optimizer], StepSize] = {
     Adafactor: AdafactorStep(),
     ASGD: ASGDStep(),
 }
+_OF_SINGLE_WEIGHTS = (SGDStep, ASGDStep, AdagradStep, AdadeltaStep, RMSpropStep, AdamKin)
 STEP_SIZES = dict(STOCK)
 """By exact class, the swap-ins too: a subclass may step otherwise."""
 

@@ -154,6 +154,10 @@ class Penalty(ABC):
     def _prox(self, w: Tensor, step: Step) -> Tensor:
         """The prox for checked weights in float32 or wider; a tensor step is taken on trust."""
 
+    def _of_sums(self, absolute: float, squares: float) -> float | None:
+        """Ω from Σ|w| and Σw², where these are enough: a monitor has them anyway."""
+        return None
+
     def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
         """The element of ∂Ω(w) nearest to −gradient, in `w`'s shape."""
         raise self._lacks("_subgradient(self, w, gradient)", "the element of ∂Ω(w) nearest to −gradient")

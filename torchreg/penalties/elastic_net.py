@@ -82,6 +82,9 @@ class ElasticNet(Penalty):
     def _prox(self, w: Tensor, step: Step) -> Tensor:
         return soft_threshold(w, step * self.l1) / (1 + 2 * self.l2 * step)  # a huge step times l2 = 0 is 0
 
+    def _of_sums(self, absolute: float, squares: float) -> float:
+        return self.l1 * absolute + self.l2 * squares
+
     def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
         smooth = 2 * self.l2 * w
         return smooth + L1(self.l1)._subgradient(w, gradient + smooth)

@@ -52,6 +52,9 @@ class L1(Penalty):
     def _prox(self, w: Tensor, step: Step) -> Tensor:
         return soft_threshold(w, step * self.strength)
 
+    def _of_sums(self, absolute: float, squares: float) -> float:
+        return self.strength * absolute
+
     def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
         limit = min(self.strength, torch.finfo(w.dtype).max)  # clamp refuses a number beyond the range of w
         at_zero = -gradient.sgn() * gradient.abs().clamp(max=limit)

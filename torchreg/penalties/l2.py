@@ -66,6 +66,9 @@ class L2(Penalty):
     def _prox(self, w: Tensor, step: Step) -> Tensor:
         return w / (1 + 2 * self.strength * step)
 
+    def _of_sums(self, absolute: float, squares: float) -> float:
+        return self.strength * squares
+
     def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
         return 2 * self.strength * w
 

@@ -1,0 +1,111 @@
+"""Where events go: a file of one's own, written record by record, or a SummaryWriter of the user's."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+PATTERN = "events.out.tfevents.*"
+
+
+class EventFile:
+    """Appends events to a new file of a log directory.
+
+    TensorBoard's own writer hands each record to a thread that works out its checksum in Python, 0.3 µs a byte, and
+    keeps it for up to two minutes. Here a record is with the system when `write` returns, so that a process that is
+    killed loses nothing, and an error is raised where it can be caught.
+
+    Args:
+        folder: the log directory of the run; it is made where it is missing.
+        step: the step that the first event will have. Where earlier files stand, what they hold from that step on
+            is declared void: a run that went back to a checkpoint continues its curves.
+    Raises:
+        OSError: the file cannot be made.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._checksum = _masked_checksum()
+        folder.mkdir(parents=True, exist_ok=True)
+        earlier = sorted(folder.glob(PATTERN))
+        # TensorBoard reads the files in the order of their names, which begin with the second they were made in.
+        second = int(time.time())
+        for path in earlier:
+            stamp = path.name.split(".")[3]
+            second = max(second, int(stamp) + 1) if stamp.isdigit() else second
+        self.path = folder / f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}.torchreg"
+        self._file = open(self.path, "xb", buffering=0)  # noqa: SIM115  closed by close()
+        self.write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if earlier:
+            self.void(step)
+
+    def void(self, step: int) -> None:
+        """Declares void what was written for `step` and later ones."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        self.write(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, event: Any) -> None:
+        """Appends an `Event`; its wall time and step are the caller's."""
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        record = b"".join((length, self._checksum(length), data, self._checksum(data)))
+        if self._file.write(record) != len(record):
+            raise OSError(f"{self.path} takes no more: the disk is full")
+
+    def flush(self) -> None:
+        """Nothing waits to be written."""
+
+    def close(self) -> None:
+        """Closes the file; more than once does no harm."""
+        self._file.close()
+
+
+class BorrowedWriter:
+    """The same face for a SummaryWriter that is the user's: it stays open, and what is void is the user's affair."""
+
+    def __init__(self, writer: SummaryWriter) -> None:
+        self._writer = writer
+
+    def void(self, step: int) -> None:
+        """Nothing: a SummaryWriter has its `purge_step`."""
+
+    def write(self, event: Any) -> None:
+        """Hands over an `Event`."""
+        file = self._writer.file_writer
+        if file is None:
+            raise OSError("the SummaryWriter is closed")
+        file.event_writer.add_event(event)
+
+    def flush(self) -> None:
+        """Waits until all is on the disk."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Only flushes."""
+        self.flush()
+
+
+def _masked_checksum() -> Callable[[bytes], bytes]:
+    """CRC-32C, masked as in TFRecord files; in Python, and slow, where google-crc32c is not installed."""
+    try:
+        import google_crc32c
+    except ImportError:
+        from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+        return lambda data: struct.pack("<I", masked_crc32c(data))
+
+    def checksum(data: bytes) -> bytes:
+        crc = google_crc32c.value(data)
+        return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
+
+    return checksum

@@ -1,0 +1,112 @@
+"""What the dashboard shows of weights: input maps, masks, filters and histograms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchreg import plots, units
+from torchreg.monitor import summaries
+from torchreg.monitor.layout import some
+from torchreg.selection import Selected
+
+# Nine of its colours; between them it is all but straight. Matplotlib takes a third of a second to import.
+_COLOURS = "440154 472d7b 3b528b 2c728e 21918c 28ae80 5ec962 addc30 fde725"
+_DEAD = torch.tensor(211, dtype=torch.uint8)  # light grey
+
+
+class History:
+    """The sparsity of every layer over time, thinned out so that it takes no more room however long a run is."""
+
+    MOST = 512
+
+    def __init__(self) -> None:
+        self._points: list[tuple[int, dict[str, float]]] = []
+        self._stride, self._seen = 1, 0
+
+    def add(self, step: int, numbers: Mapping[str, float]) -> None:
+        """One more point, or none: where there are many, every other one is dropped."""
+        if self._seen % self._stride == 0:
+            wanted = {
+                key: value for key, value in numbers.items() if key.startswith(("sparsity/", "overview/sparsity"))
+            }
+            self._points.append((step, wanted))
+        self._seen += 1
+        if len(self._points) == self.MOST:
+            self._points, self._stride = self._points[::2], 2 * self._stride
+
+    def cut(self, step: int) -> None:
+        """Forgets what was from `step` on."""
+        self._points = [point for point in self._points if point[0] < step]
+
+    def figure(self) -> Any:
+        """`plots.sparsity_over_time` of it."""
+        steps, numbers = zip(*self._points, strict=True)
+        return plots.sparsity_over_time(steps, numbers)
+
+
+def pictures(entries: Sequence[Selected], tags: Mapping[str, str]) -> Iterator[Any]:
+    """The images and histograms of one moment, as TensorBoard's values."""
+    first = next((entry for entry in entries if entry.parameter.dim() > 1), None)
+    if first is not None and first.parameter.numel():
+        yield summaries.image(f"weight_input_map/{tags[first.name]}", input_pixels(plots.input_strengths(first)))
+    convolution = next((e for e in entries if isinstance(e.owner, nn.Conv2d) and e.parameter.dim() == 4), None)
+    if convolution is not None and convolution.parameter.numel():
+        yield summaries.image(f"weight_filters/{tags[convolution.name]}", filter_pixels(units.weights(convolution)))
+    for entry in some(entries):
+        tag = tags[entry.name]
+        if entry.parameter.numel():
+            yield summaries.image(f"weight_masks/{tag}", 1 - plots.mask_pixels(entry))
+        drawn = summaries.histogram(f"weight_nonzero/{tag}", units.weights(entry))
+        if drawn is not None:
+            yield drawn
+
+
+def input_pixels(strengths: Tensor) -> Tensor:
+    """Strengths of inputs as an image of (height, width, 3) bytes: a square of 64, 81, 100 ... inputs, else a strip."""
+    count = len(strengths)
+    side = math.isqrt(count)
+    square = side >= 8 and side * side == count
+    if not square and count > 512:  # of each stretch the strongest
+        strengths = nn.functional.adaptive_max_pool1d(strengths[None], 512)[0]
+    rows = strengths.reshape(side, side) if square else strengths[None].expand(max(1, len(strengths) // 8), -1)
+    rows = rows.cpu()
+    finite = rows.isfinite()
+    top = rows[finite].amax() if bool(finite.any()) else rows.new_ones(())
+    return _viridis(rows / top.where(top > 0, 1)).where((rows != 0)[..., None], _DEAD)
+
+
+def filter_pixels(w: Tensor, most: int = 64) -> Tensor:
+    """Filters (outputs, inputs, height, width) side by side, as an image: 0 is mid grey.
+
+    Filters of three inputs are in colour. Of more inputs each has a tile, in one row a filter.
+    """
+    w = (w.abs() if w.is_complex() else w).float()
+    scale = w[w.isfinite()].abs().amax() if bool(w.isfinite().any()) else w.new_ones(())
+    tiles = (0.5 + w / (2 * scale.clamp(min=torch.finfo(w.dtype).tiny))).nan_to_num(0.5, 0.5, 0.5).clamp(0, 1)
+    if w.shape[1] == 3:
+        columns, tiles = 8, tiles[:most].permute(0, 2, 3, 1)
+    else:
+        inputs = min(8, w.shape[1])
+        columns = inputs if inputs > 1 else 8
+        tiles = tiles[: most // inputs, :inputs].flatten(0, 1)[..., None].expand(-1, -1, -1, 3)
+    rows = -(-len(tiles) // columns)
+    height, width = tiles.shape[1:3]
+    page = tiles.new_ones(rows * columns, height + 1, width + 1, 3)
+    page[: len(tiles), :height, :width] = tiles
+    page = page.reshape(rows, columns, height + 1, width + 1, 3).transpose(1, 2).reshape(rows * (height + 1), -1, 3)
+    return (page * 255).round().to(torch.uint8)
+
+
+def _viridis(shares: Tensor) -> Tensor:
+    """Shares in [0, 1] as (..., 3) bytes; white where they are not finite."""
+    table = torch.tensor([list(bytes.fromhex(colour)) for colour in _COLOURS.split()], dtype=torch.float32)
+    shares = shares.detach().float().cpu()
+    place = shares.nan_to_num(0.0).clamp(0, 1) * (len(table) - 1)
+    below = place.floor().long().clamp(max=len(table) - 2)
+    colours = torch.lerp(table[below], table[below + 1], (place - below)[..., None])
+    return colours.round().to(torch.uint8).where(shares.isfinite()[..., None], torch.tensor(255, dtype=torch.uint8))

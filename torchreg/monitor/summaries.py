@@ -1,0 +1,149 @@
+"""TensorBoard's records: scalars, images, histograms, text, hyperparameters and the layout, as `Summary.Value`s."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BINS = 64
+SAMPLE = 100_000  # a histogram of more entries is one of so many spread ones, scaled up
+
+Hyperparameter = bool | int | float | str
+
+
+def event(step: int, seconds: float, values: Sequence[Any]) -> Any:
+    """An `Event` of several values, at `seconds` since the epoch."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    return Event(step=step, wall_time=seconds, summary=Summary(value=values))
+
+
+def scalars(tags: Sequence[str]) -> Any:
+    """An `Event` of so many scalars, to be filled in again and again."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    return event(0, 0.0, [Summary.Value(tag=tag, simple_value=0.0) for tag in tags])
+
+
+def image(tag: str, pixels: Tensor, side: int = 224) -> Any:
+    """An image from (height, width) in [0, 1], black is 0, or (height, width, 3) bytes; enlarged to about `side`."""
+    from PIL import Image
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    grey = pixels.dim() == 2
+    pixels = pixels.cpu()
+    pixels = (pixels * 255).round().to(torch.uint8) if grey else pixels
+    times = max(1, side // max(pixels.shape[:2]))
+    # Nearest neighbours: TensorBoard draws small images large, and each browser in its own way.
+    pixels = pixels.repeat_interleave(times, 0).repeat_interleave(times, 1)
+    png = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(png, format="PNG")
+    height, width = pixels.shape[:2]
+    encoded = Summary.Image(
+        height=height, width=width, colorspace=1 if grey else 3, encoded_image_string=png.getvalue()
+    )
+    return Summary.Value(tag=tag, image=encoded)
+
+
+def figure(tag: str, drawn: Any) -> Any:
+    """An image from a Matplotlib figure."""
+    from PIL import Image
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    png = io.BytesIO()
+    drawn.savefig(png, format="png", dpi=100)
+    width, height = Image.open(io.BytesIO(png.getvalue())).size
+    return Summary.Value(
+        tag=tag,
+        image=Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png.getvalue()),
+    )
+
+
+def histogram(tag: str, w: Tensor) -> Any | None:
+    """A histogram of the finite nonzero entries, complex ones by their modulus; None if there are none."""
+    from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
+
+    flat = (w.abs() if w.is_complex() else w).reshape(-1)
+    flat = flat[:: -(-flat.numel() // SAMPLE) or 1].float()
+    sample = flat[flat.isfinite() & (flat != 0)].cpu()
+    if not sample.numel():
+        return None
+    low, high = sample.min().item(), sample.max().item()
+    if low == high:
+        low, high = low - abs(low) / 2, high + abs(high) / 2
+    scale = w.numel() / flat.numel()
+    counts = torch.histc(sample, BINS, low, high) * scale
+    edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
+    double = sample.double()
+    return Summary.Value(
+        tag=tag,
+        histo=HistogramProto(
+            min=low,
+            max=high,
+            num=sample.numel() * scale,
+            sum=double.sum().item() * scale,
+            sum_squares=double.square().sum().item() * scale,
+            # The first bucket is empty: a bucket says where it ends, and the one before where it begins.
+            bucket_limit=edges.tolist(),
+            bucket=[0.0, *counts.tolist()],
+        ),
+    )
+
+
+def text(tag: str, markdown: str) -> Any:
+    """A text in Markdown."""
+    return _string(f"{tag}/text_summary", markdown.encode(), "text", shape=[1])
+
+
+def layout(charts: Any) -> Any:
+    """The custom-scalar page, from a `Layout`."""
+    return _string("custom_scalars__config__", charts.SerializeToString(), "custom_scalars", shape=[])
+
+
+def hyperparameters(run: str, values: Mapping[str, Hyperparameter], metrics: Mapping[str, str]) -> list[Any]:
+    """What the hyperparameter page shows of a run, by its name: `values`, and the scalars `metrics` by their titles.
+
+    They stand in the run itself: `SummaryWriter.add_hparams` makes a run of its own for them.
+    """
+    from tensorboard.plugins.hparams import summary_v2 as hp
+
+    config = hp.hparams_config_pb(
+        hparams=[hp.HParam(name, display_name=name) for name in values],
+        metrics=[hp.Metric(tag, display_name=title) for tag, title in metrics.items()],
+    )
+    # Each run is a trial of its own, also where only the seed differs.
+    start = hp.hparams_pb(dict(values), trial_id=run)
+    return [*config.value, *start.value]
+
+
+def end() -> Any:
+    """A run has come to its end."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+
+    done = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS, end_time_secs=time.time())
+    return Summary.Value(
+        tag=metadata.SESSION_END_INFO_TAG,
+        metadata=metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=done)),
+        tensor=metadata.NULL_TENSOR,
+    )
+
+
+def _string(tag: str, content: bytes, plugin: str, shape: list[int]) -> Any:
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+    from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+    from tensorboard.compat.proto.types_pb2 import DT_STRING
+
+    dims = TensorShapeProto(dim=[TensorShapeProto.Dim(size=size) for size in shape])
+    return Summary.Value(
+        tag=tag,
+        metadata=SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=plugin)),
+        tensor=TensorProto(dtype=DT_STRING, string_val=[content], tensor_shape=dims),
+    )
