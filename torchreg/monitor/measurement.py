@@ -64,7 +64,7 @@ def measure(
     | `spread/sparsity.min`, `.max` | sparsity of the least and the most sparse weight |
     | `sparsity/<p>` | the same, by weight |
     | `sparsity_near_zero/<p>`, `/total` | weights with abs(w) ≤ `near_zero`, zeros included / weights |
-    | `support_churn/<p>`, `/total` | weights that became zero or nonzero since the last call for this target / weights |
+    | `support_churn/<p>`, `/total` | weights that became zero or nonzero since the last call for `target` / weights |
     | `sparsity_inputs/<p>`, `sparsity_neurons/<p>` | dead inputs and dead neurons, as shares |
     | `weight_norm_l1/<p>`, `weight_norm_l2/<p>` | abs(w) summed, and the square root of w² summed |
     | `weight_group_norm/<p>.p10`, `.p50`, `.p90` | quantiles of ‖w_g‖₂ over the penalty's groups, else over rows |
