@@ -569,6 +569,7 @@ def test_the_first_weight_is_the_first_with_inputs_or_the_one_named():
     assert plots.input_map(model).axes[0].get_title().startswith("1.weight\n4 of 4")
     assert plots.input_map(reg).axes[0].get_title().startswith("2.weight\n3 of 3")
     assert plots.input_map(reg, name="1.weight").axes[0].get_title().startswith("1.weight")
+    assert plots.input_map(nn.Embedding(9, 5), name="weight").axes[0].get_title() == "weight\n5 of 5 inputs live"
 
 
 # ---------------------------------------------------------------------- masks
@@ -670,7 +671,7 @@ REFUSED = {
     ),
     "a failed run": (
         lambda: plots.frontier({"a": (0.1, math.nan)}),
-        "the score of 'a' has 1 of 1 .*; leave these runs",
+        "the score of 'a' has 1 of 1 .*; leave these",
     ),
     "no references": (lambda: plots.frontier({"a": (0.1, 1)}, reference={}), "reference is empty"),
     "more steps": (
@@ -693,7 +694,11 @@ REFUSED = {
         r"shape=\(2, 3\) does not hold the 4 inputs of 0.weight; pass .* whose product is 4",
     ),
     "four dimensions": (lambda: plots.input_map(MODEL, (1, 1, 2, 2)), "does not hold the 4 inputs"),
-    "a misspelt name": (lambda: plots.input_map(MODEL, name="0.wieght"), "'0.wieght'; did you mean '0.weight'"),
+    "a misspelt name": (
+        lambda: plots.input_map(MODEL, name="0.wieght"),
+        '"0.wieght" matches no .*; did you mean "0.weight"',
+    ),
+    "a name for a tensor": (lambda: plots.input_map(torch.eye(2), name="weight"), "a single weight has no name"),
     "a bias": (lambda: plots.input_map(MODEL, name="0.bias"), r"0.bias has shape \(3,\) and so no inputs; name"),
     "no inputs": (lambda: plots.input_map(torch.zeros(3, 0)), "0 inputs"),
 }
