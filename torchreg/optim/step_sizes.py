@@ -303,27 +303,32 @@ def present_step(step_size: StepSize, optimizer: Optimizer, group: dict[str, Any
     """The step that the optimizer's state gives now, for a monitor: nothing of the state moves on.
 
     Returns:
-        A number, or the steps of some 1,000 weights spread evenly over `parameter`. It is 0 before the parameter's
-        first step, and for a `step_size` of the user's that follows the state. β₁ counts as constant; of SGD's momentum
-        it is the coming step.
+        A number, or the steps of some 1,000 weights spread evenly over `parameter`. β₁ counts as constant, and of SGD's
+        momentum it is the coming step. It is 0 while the state that the step needs is not there, and for a `step_size`
+        of the user's that is told of each update.
     """
-    state = optimizer.state.get(parameter)
-    if not state and not (isinstance(step_size, SGDStep) and parameter.grad is not None):
+    state = optimizer.state.get(parameter) or {}
+    begun = _number(state["step"]) if "step" in state else state  # Adagrad has a state from the beginning
+    stateless = isinstance(step_size, (SGDStep, ASGDStep)) or step_size is learning_rate
+    if not stateless and not isinstance(begun, Tensor) and not begun:
         return 0.0
+    if isinstance(step_size, AdafactorStep):  # its step of one weight is made of those of all
+        return step_size(optimizer, group, parameter) if parameter.grad is not None else 0.0
     if not isinstance(step_size, _OF_SINGLE_WEIGHTS):
-        follows = any(hasattr(step_size, name) for name in ("before", "follow"))
-        follows = follows and not isinstance(step_size, AdafactorStep)
-        return 0.0 if follows else step_size(optimizer, group, parameter)
+        told = hasattr(step_size, "before") or hasattr(step_size, "follow")
+        return 0.0 if told else step_size(optimizer, group, parameter)
     stride = max(1, parameter.numel() // 1000)
-    thinned = {
+    while math.gcd(stride, parameter.numel()) > 1:  # else it would see some columns again and again, and others never
+        stride += 1
+    seen = {
         key: value.detach().reshape(-1)[::stride]
         if isinstance(value, Tensor) and value.shape == parameter.shape
         else value
-        for key, value in (state or {}).items()
+        for key, value in state.items()
     }
     if isinstance(step_size, AdamKin):
-        thinned.pop(AdamKin.KEY, None)
-    return step_size(cast(Optimizer, SimpleNamespace(state={parameter: thinned})), group, parameter)
+        seen.pop(AdamKin.KEY, None)
+    return step_size(cast(Optimizer, SimpleNamespace(state={parameter: seen})), group, parameter)
 
 
 # ---------------------------------------------------------------------- which class has which
