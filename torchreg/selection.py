@@ -117,6 +117,15 @@ def named_parameters(model: nn.Module) -> list[Selected]:
     return list(seen.values())
 
 
+def unwrapped(name: str) -> str:
+    """A name of a state dict without the attributes under which wrappers keep the model.
+
+    >>> unwrapped("_orig_mod.encoder._fsdp_wrapped_module.weight")
+    'encoder.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)
+
+
 def join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
@@ -129,17 +138,30 @@ def why_not_by_default(entry: Selected) -> str:
 
 def kind_of(entry: Selected) -> str:
     """What makes `entry` other than a weight: "embedding", "norm layer", "bias" and so on; "" for a weight."""
-    parameter = entry.parameter
+    kind = kind_by_name(entry.attribute, entry.parameter)
     owners = [owner for _, owner in entry.places]
-    if not (parameter.is_floating_point() or parameter.is_complex()):
-        return "integer type"
-    if any(isinstance(owner, _EMBEDDINGS) for owner in owners) or _EMBEDDED.search(entry.attribute):
+    if kind == "integer type":
+        return kind
+    if any(isinstance(owner, _EMBEDDINGS) for owner in owners):
         return "embedding"
     if any(isinstance(owner, _NORMS) for owner in owners):
         return "norm layer"
-    if _BIAS.search(entry.attribute):
+    return kind
+
+
+def kind_by_name(attribute: str, tensor: Tensor) -> str:
+    """As much of `kind_of` as a tensor and the name of its attribute tell, without the module that holds it.
+
+    >>> kind_by_name("pos_embedding", torch.zeros(1, 9, 4)), kind_by_name("weight", torch.zeros(3, 4))
+    ('embedding', '')
+    """
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return "integer type"
+    if _EMBEDDED.search(attribute):
+        return "embedding"
+    if _BIAS.search(attribute):
         return "bias"
-    if not is_lazy(parameter) and parameter.dim() < 2:
+    if not is_lazy(tensor) and tensor.dim() < 2:
         return "fewer than two dimensions"
     return ""
 

@@ -1,4 +1,4 @@
-"""Plain-text tables: what `explain()` and `sparsity()` print."""
+"""Plain-text tables: what `explain()`, `sparsity()` and the command line print."""
 
 from __future__ import annotations
 
@@ -24,6 +24,17 @@ def render(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence
         return "  ".join(cells).rstrip()
 
     return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def printable(text: str, longest: int = 120) -> str:
+    """`text` for a terminal: control characters as escapes, and cut where it is longer than anyone reads.
+
+    >>> print(printable("fc1\\x1b[31m.weight"))
+    fc1\\x1b[31m.weight
+    """
+    if len(text) > longest:
+        text = text[: longest - 1] + "…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def shape_text(shape: Sequence[int]) -> str:

@@ -34,7 +34,7 @@ def in_plain_order(owner: nn.Module) -> bool:
     return not isinstance(owner, _TRANSPOSED) and getattr(owner, "groups", 1) == 1
 
 
-def by_input(w: Tensor, owner: nn.Module) -> Tensor:
+def by_input(w: Tensor, owner: nn.Module | None) -> Tensor:
     """A weight of `owner` with neurons and inputs always in the same place.
 
     Returns:
@@ -49,8 +49,11 @@ def by_input(w: Tensor, owner: nn.Module) -> Tensor:
     return w.transpose(1, 2) if isinstance(owner, _TRANSPOSED) else w
 
 
-def connections(alive: Tensor, owner: nn.Module) -> Tensor:
-    """Which neuron reads which input of `owner`, by any of the weights that are `alive`: (groups, neurons, inputs)."""
+def connections(alive: Tensor, owner: nn.Module | None = None) -> Tensor:
+    """Which neuron reads which input of `owner`, by any of the weights that are `alive`: (groups, neurons, inputs).
+
+    Without its owner, a weight counts as that of a linear layer or a plain convolution: (neurons, inputs, ...).
+    """
     alive = by_input(alive, owner)
     return alive.flatten(3).any(3) if alive.dim() > 3 else alive
 

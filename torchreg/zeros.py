@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,19 @@ class LayerSparsity:
     def fraction(self) -> float:
         """Zeros over weights; 0 for an empty weight."""
         return self.zeros / self.weights if self.weights else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for a log or JSON."""
+        return {
+            "shape": list(self.shape),
+            "weights": self.weights,
+            "zeros": self.zeros,
+            "fraction": self.fraction,
+            "inputs": self.inputs,
+            "dead_inputs": self.dead_inputs,
+            "neurons": self.neurons,
+            "dead_neurons": self.dead_neurons,
+        }
 
 
 @dataclass(frozen=True)
@@ -81,37 +95,11 @@ class Sparsity:
             "weights": self.weights,
             "zeros": self.zeros,
             "fraction": self.fraction,
-            "layers": {
-                layer.name: {
-                    "shape": list(layer.shape),
-                    "weights": layer.weights,
-                    "zeros": layer.zeros,
-                    "fraction": layer.fraction,
-                    "inputs": layer.inputs,
-                    "dead_inputs": layer.dead_inputs,
-                    "neurons": layer.neurons,
-                    "dead_neurons": layer.dead_neurons,
-                }
-                for layer in self.layers
-            },
+            "layers": {layer.name: layer.to_dict() for layer in self.layers},
         }
 
     def __str__(self) -> str:
-        rows = [
-            [
-                layer.name,
-                tables.shape_text(layer.shape),
-                f"{layer.weights - layer.zeros:,}",
-                f"{layer.fraction:.2%}",
-                f"{layer.dead_inputs} of {layer.inputs}",
-                f"{layer.dead_neurons} of {layer.neurons}",
-            ]
-            for layer in self.layers
-        ]
-        rows.append(["total", f"{self.weights:,}", f"{self.weights - self.zeros:,}", f"{self.fraction:.2%}", "", ""])
-        return tables.render(
-            ["weight", "shape", "left", "zeros", "dead inputs", "dead neurons"], rows, right=[2, 3, 4, 5]
-        )
+        return table(self)
 
 
 def sparsity(
@@ -142,25 +130,14 @@ def sparsity(
     entries = counted(model, include, exclude)
     counts: dict[torch.device, list[Tensor]] = {}
     for entry in entries:
-        counts.setdefault(entry.parameter.device, []).append(_count(entry))
+        counts.setdefault(entry.parameter.device, []).append(count(units.nonzero(entry), entry.owner))
     # One stack and one read a device, however many layers there are.
     read = {device: iter(torch.stack(rows).tolist()) for device, rows in counts.items()}
     layers = []
     for entry in entries:
         parameter = entry.parameter
-        zeros, inputs, dead_inputs, neurons, dead_neurons = next(read[parameter.device])
-        layers.append(
-            LayerSparsity(
-                name=entry.name,
-                shape=tuple(parameter.shape),
-                weights=parameter.numel(),
-                zeros=zeros,
-                inputs=inputs,
-                dead_inputs=dead_inputs,
-                neurons=neurons,
-                dead_neurons=dead_neurons,
-            )
-        )
+        counted = next(read[parameter.device])
+        layers.append(LayerSparsity(entry.name, tuple(parameter.shape), parameter.numel(), *counted))
     return Sparsity(tuple(layers))
 
 
@@ -178,6 +155,33 @@ def counted(
     if not entries:
         raise ValueError(f"{type(model).__name__} has no weight of two or more dimensions; name some: include=...")
     return entries
+
+
+def table(found: Sparsity, **columns: Sequence[str]) -> str:
+    """The table that `print` shows, with more columns at its end: by their title, one text a layer.
+
+    >>> print(table(Sparsity((LayerSparsity("fc.weight", (2, 3), 6, 4, 3, 1, 2, 0),)), dtype=["float16"]))
+    weight     shape  left   zeros  dead inputs  dead neurons  dtype
+    ---------  -----  ----  ------  -----------  ------------  -------
+    fc.weight  2×3       2  66.67%       1 of 3        0 of 2  float16
+    total      6         2  66.67%
+    """
+    rows = [
+        [
+            tables.printable(layer.name),
+            tables.shape_text(layer.shape),
+            f"{layer.weights - layer.zeros:,}",
+            f"{layer.fraction:.2%}",
+            f"{layer.dead_inputs} of {layer.inputs}",
+            f"{layer.dead_neurons} of {layer.neurons}",
+            *more,
+        ]
+        for layer, *more in zip(found.layers, *columns.values(), strict=True)
+    ]
+    left = found.weights - found.zeros
+    rows.append(["total", f"{found.weights:,}", f"{left:,}", f"{found.fraction:.2%}", "", "", *[""] * len(columns)])
+    header = ["weight", "shape", "left", "zeros", "dead inputs", "dead neurons", *columns]
+    return tables.render(header, rows, right=[2, 3, 4, 5])
 
 
 class FrozenZeros:
@@ -272,10 +276,17 @@ def freeze_zeros(regularizer: Regularizer, optimizer: Optimizer) -> FrozenZeros:
     return FrozenZeros(kept, optimizer)
 
 
-def _count(entry: Selected) -> Tensor:
-    """[zeros, inputs, dead inputs, neurons, dead neurons] of one weight, on its device."""
-    alive = units.nonzero(entry)
-    zeros, read = (~alive).sum(), units.connections(alive, entry.owner)
+def count(alive: Tensor, owner: nn.Module | None = None) -> Tensor:
+    """[zeros, inputs, dead inputs, neurons, dead neurons] of a weight, on its device.
+
+    Args:
+        alive: which of its entries are not 0.
+        owner: the module that holds it; without one it is taken for a linear layer or a plain convolution.
+
+    >>> count(torch.tensor([[True, False, True], [False, False, False]])).tolist()
+    [4, 3, 1, 2, 1]
+    """
+    zeros, read = (~alive).sum(), units.connections(alive, owner)
     neurons = read.any(2)
     inputs = read.any(1) if alive.dim() > 1 else neurons[:, :0]  # a vector has neurons alone
     sizes = [torch.full_like(zeros, count) for count in (inputs.numel(), neurons.numel())]
