@@ -1,0 +1,133 @@
+"""The command line: `torchreg report` reads a checkpoint, `torchreg dashboard` opens TensorBoard on the overview."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+
+import torchreg
+from torchreg import checkpoints, dashboard, reports, tables
+from torchreg.checks import nonnegative
+
+_EXAMPLES = """examples:
+  torchreg report model.pt                     zeros, dead inputs and neurons, by layer
+  torchreg report run.ckpt --key model         the state dict of a larger checkpoint
+  torchreg report model.safetensors --json     the same as one JSON object
+  torchreg dashboard runs                      TensorBoard, and the link to its overview
+"""
+_REPORT = f"""reads a state dict saved by torch.save or safetensors: exact zeros, dead inputs and neurons by layer, and the
+size that its zeros would save. Nothing in the file is run: pickled modules are refused.
+
+A weight is floating, complex or quantized, has two or more dimensions, and no name of a bias or an embedding; all
+else is one line below the table. weight_orig and weight_mask count as the weight that they make, tied tensors once.
+A state dict does not tell a transposed or grouped convolution from a plain one, nor an embedding named "weight" from
+a linear layer: where a model has such, tr.sparsity(model) counts inputs and neurons right.
+
+sparse size: {reports.FORMAT}.
+"""
+_REPORT_EXAMPLES = """examples:
+  torchreg report model.pt
+  torchreg report run.ckpt --key ema.model     a nested one
+  torchreg report model.pt --near-zero 1e-3    how many more are nearly zero
+  torchreg report model.pt --json | jq .fraction
+"""
+_DASHBOARD = """starts TensorBoard on a log directory and prints the links that open it on the overview, with smoothing off (a
+smoothed sparsity is one that no step had) and sparsity and accuracy pinned. Ctrl-C stops it.
+"""
+_DASHBOARD_EXAMPLES = """examples:
+  torchreg dashboard runs
+  torchreg dashboard runs --port 6010 --open
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line with `argv` (by default that of the process) and returns its exit code.
+
+    0 if all went well, 2 with one line on stderr if not, 130 after Ctrl-C.
+    """
+    arguments = _parser().parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a console without × must not end in a traceback
+    try:
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader has seen enough: | head
+        with contextlib.suppress(OSError, ValueError):  # so that the flush at exit does not fail too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except (checkpoints.CheckpointError, dashboard.DashboardError, OSError, MemoryError) as error:
+        message = str(error) or f"out of memory ({type(error).__name__})"
+        print(f"torchreg: {tables.printable(message, 1000)}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("torchreg", description=__doc__, epilog=_EXAMPLES, formatter_class=layout)
+    parser.add_argument(
+        "--version", action="version", version=f"torchreg {torchreg.__version__}, torch {torch.__version__}"
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    report = commands.add_parser(
+        "report",
+        help="the sparsity of a checkpoint",
+        description=_REPORT,
+        epilog=_REPORT_EXAMPLES,
+        formatter_class=layout,
+    )
+    report.add_argument("checkpoint", metavar="CHECKPOINT", help="a file of torch.save or safetensors")
+    report.add_argument("--key", help="where in the file the state dict is, dotted; needed if it holds several")
+    report.add_argument("--json", action="store_true", help="print one JSON object")
+    report.add_argument("--near-zero", type=_threshold, metavar="T", help="count |w| ≤ T too")
+    report.set_defaults(run=_report)
+
+    board = commands.add_parser(
+        "dashboard",
+        help="TensorBoard, opened on the overview",
+        description=_DASHBOARD,
+        epilog=_DASHBOARD_EXAMPLES,
+        formatter_class=layout,
+    )
+    board.add_argument("logdir", metavar="LOGDIR", help="the directory of the event files")
+    board.add_argument("--port", type=_port, help="its port; by default 6006, or a free one if that is taken")
+    board.add_argument("--host", default="127.0.0.1", help="its address; the default is seen from this machine alone")
+    board.add_argument("--open", action="store_true", help="open it in a browser too")
+    board.set_defaults(run=_dashboard)
+    return parser
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    found = reports.report(checkpoints.read(arguments.checkpoint, arguments.key), arguments.near_zero)
+    print(json.dumps(found.to_dict(), indent=2, allow_nan=False) if arguments.json else found)
+    return 0
+
+
+def _dashboard(arguments: argparse.Namespace) -> int:
+    return dashboard.serve(arguments.logdir, arguments.host, arguments.port, browse=arguments.open)
+
+
+def _threshold(text: str) -> float:
+    try:
+        return nonnegative("T", float(text), "try 1e-3")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"{text} is no port; give a number from 1 to 65535")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
