@@ -34,6 +34,8 @@ ORDER = [
     "regularizer",
     "loss",
     "zeros",
+    "checkpoints",
+    "reports",
     "certificates",
     "optim",
     "testing",
@@ -43,6 +45,7 @@ ORDER = [
     "plots",
     "monitor",
     "integrations",
+    "dashboard",
     "__main__",
 ]
 # The same within a package, where it is settled; elsewhere it is enough that no circle closes.
@@ -57,6 +60,7 @@ ONLY_IN = {
     "google_crc32c": "monitor",
     "PIL": "monitor",
     "matplotlib": "plots",
+    "safetensors": "checkpoints",
     "sklearn": None,
     "torchvision": None,
     "tqdm": None,

@@ -1,4 +1,4 @@
-"""The command line: `torchreg report` reads a checkpoint, `torchreg dashboard` opens TensorBoard on the overview."""
+"""The command line: the sparsity of a checkpoint, and TensorBoard on its overview."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _EXAMPLES = """examples:
   torchreg report model.safetensors --json     the same as one JSON object
   torchreg dashboard runs                      TensorBoard, and the link to its overview
 """
-_REPORT = f"""reads a state dict saved by torch.save or safetensors: exact zeros, dead inputs and neurons by layer, and the
-size that its zeros would save. Nothing in the file is run: pickled modules are refused.
+_REPORT = f"""Reads a state dict saved by torch.save or safetensors: exact zeros, dead inputs and neurons, by layer, and
+how small its zeros would let it be. Nothing in the file is run; a pickled module is refused.
 
 A weight is floating, complex or quantized, has two or more dimensions, and no name of a bias or an embedding; all
 else is one line below the table. weight_orig and weight_mask count as the weight that they make, tied tensors once.
-A state dict does not tell a transposed or grouped convolution from a plain one, nor an embedding named "weight" from
-a linear layer: where a model has such, tr.sparsity(model) counts inputs and neurons right.
+A state dict does not tell a transposed or grouped convolution from a plain one, nor nn.Embedding from nn.Linear:
+where a model has such, tr.sparsity(model) counts its inputs and neurons right.
 
-sparse size: {reports.FORMAT}.
+The sparse size: {reports.FORMAT}.
 """
 _REPORT_EXAMPLES = """examples:
   torchreg report model.pt
@@ -37,8 +37,8 @@ _REPORT_EXAMPLES = """examples:
   torchreg report model.pt --near-zero 1e-3    how many more are nearly zero
   torchreg report model.pt --json | jq .fraction
 """
-_DASHBOARD = """starts TensorBoard on a log directory and prints the links that open it on the overview, with smoothing off (a
-smoothed sparsity is one that no step had) and sparsity and accuracy pinned. Ctrl-C stops it.
+_DASHBOARD = """Starts TensorBoard on a log directory and prints the links that open it on the overview: sparsity and
+accuracy pinned, and smoothing off, since a smoothed sparsity is one that no step had. Ctrl-C stops it.
 """
 _DASHBOARD_EXAMPLES = """examples:
   torchreg dashboard runs

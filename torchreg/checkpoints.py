@@ -222,7 +222,7 @@ def _clean(names: list[str]) -> list[str]:
     """Names without wrappers: DataParallel and the like put the same `module.` before every one."""
     plain = [unwrapped(name) for name in names]
     wrapped = [name for name in plain if name != "n_averaged"]  # an AveragedModel's own
-    depth = min((len(re.match(r"(module\.)*", name)[0]) for name in wrapped), default=0)
+    depth = min((len(name) - len(re.sub(r"^(module\.)+", "", name)) for name in wrapped), default=0)
     plain = [name if name == "n_averaged" else name[depth:] for name in plain]
     return plain if len(set(plain)) == len(plain) else names
 

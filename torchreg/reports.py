@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +97,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
-        total = self.sparsity.to_dict()
+        total, parts = self.sparsity.to_dict(), self._parts()
         layers = total.pop("layers")
         for weight in self.weights:
             layers[weight.layer.name] |= {
@@ -114,8 +115,8 @@ class Report:
             "file_bytes": self.checkpoint.size,
             "key": self.checkpoint.key or None,
             **total,
-            "nan": sum(part.nan for part in (*self.weights, *self.rest.values())),
-            "inf": sum(part.inf for part in (*self.weights, *self.rest.values())),
+            "nan": sum(part.nan for _, part in parts),
+            "inf": sum(part.inf for _, part in parts),
             "near_zero_threshold": self.threshold,
             "dense_bytes": self.dense,
             "sparse_bytes": self.sparse,
@@ -132,32 +133,36 @@ class Report:
             f"{tables.printable(self.checkpoint.path)}: {self.checkpoint.format}, {size(self.checkpoint.size)}{where}",
             "",
         ]
-        columns = {"dtype": [weight.dtype for weight in self.weights]}
+        columns = {"dtype": [*[weight.dtype for weight in self.weights], ""]}
         if self.threshold is not None:
-            columns[f"|w| ≤ {self.threshold:g}"] = [
-                f"{weight.near_zero / weight.layer.weights:.2%}" for weight in self.weights
-            ]
-        lines += [zeros.table(self.sparsity, **columns), ""]
+            near = [weight.near_zero / weight.layer.weights for weight in self.weights]
+            total = sum(weight.near_zero for weight in self.weights) / max(1, self.sparsity.weights)
+            columns[f"|w| ≤ {self.threshold:g}"] = [f"{share:.2%}" for share in (*near, total)]
+        table = zeros.table(self.sparsity, **columns) if self.weights else "no weight of two or more dimensions"
+        lines += [table, ""]
         if self.rest:
             count, entries = (sum(getattr(r, key) for r in self.rest.values()) for key in ("tensors", "entries"))
             kinds = ", ".join(f"{rest.tensors} {kind}" for kind, rest in self.rest.items())
             used = size(sum(rest.bytes for rest in self.rest.values()))
-            lines.append(f"the rest: {count} tensors, {entries:,} entries, {used} ({kinds})")
-        lines.append(f"size: {size(self.dense)} dense, {size(self.sparse)} sparse, {self.ratio:.2f} times smaller")
-        lines.append(f"      sparse is {FORMAT}")
+            lines.append(f"the rest: {count} tensor{'s' * (count != 1)}, {entries:,} entries, {used} ({kinds})")
+        lines.append(f"size: {size(self.dense)} dense, {size(self.sparse)} sparse, {self.ratio:.2f} to 1")
+        lines.append(f"sparse: {FORMAT}")
         lines += self._notes()
         return "\n".join(lines)
 
+    def _parts(self) -> list[tuple[str, Weight | Rest]]:
+        return [*((weight.layer.name, weight) for weight in self.weights), *self.rest.items()]
+
     def _notes(self) -> list[str]:
         notes = [
-            f"tied: {tables.printable(weight.layer.name)} = {' = '.join(map(tables.printable, weight.ties))}, counted once"
+            "tied: " + " = ".join(map(tables.printable, (weight.layer.name, *weight.ties))) + ", counted once"
             for weight in self.weights
             if weight.ties
         ]
-        parts = [(tables.printable(weight.layer.name), weight) for weight in self.weights]
-        for name, part in [*parts, *self.rest.items()]:
+        for name, part in self._parts():
             if part.nan or part.inf:
-                notes.append(f"not finite: {name} has {part.nan:,} NaN and {part.inf:,} infinite entries")
+                where = tables.printable(name)
+                notes.append(f"not finite: {where} has {part.nan:,} NaN and {part.inf:,} infinite entries")
         if skipped := self.checkpoint.skipped:
             names = ", ".join(map(tables.printable, skipped[:8])) + (", ..." if len(skipped) > 8 else "")
             notes.append(f"left out: {len(skipped)} entries that are no tensors ({names})")
@@ -195,13 +200,10 @@ def size(count: float) -> str:
     >>> size(512), size(1536), size(3 * 1024**3)
     ('512 B', '1.50 KiB', '3.00 GiB')
     """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            break
-        count /= 1024
-    else:
-        unit = "TiB"
-    return f"{count:,.0f} B" if unit == "B" else f"{count:,.2f} {unit}"
+    if count < 1024:
+        return f"{count:.0f} B"
+    power = min(int(math.log(count, 1024)), 4)
+    return f"{count / 1024**power:,.2f} {'KMGT'[power - 1]}iB"
 
 
 def _mask(name: str, tensors: dict[str, Tensor]) -> Tensor | None:

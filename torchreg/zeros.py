@@ -158,9 +158,9 @@ def counted(
 
 
 def table(found: Sparsity, **columns: Sequence[str]) -> str:
-    """The table that `print` shows, with more columns at its end: by their title, one text a layer.
+    """The table that `print` shows, with more columns at its end: by title, one text a layer and one for the total.
 
-    >>> print(table(Sparsity((LayerSparsity("fc.weight", (2, 3), 6, 4, 3, 1, 2, 0),)), dtype=["float16"]))
+    >>> print(table(Sparsity((LayerSparsity("fc.weight", (2, 3), 6, 4, 3, 1, 2, 0),)), dtype=["float16", ""]))
     weight     shape  left   zeros  dead inputs  dead neurons  dtype
     ---------  -----  ----  ------  -----------  ------------  -------
     fc.weight  2×3       2  66.67%       1 of 3        0 of 2  float16
@@ -176,10 +176,11 @@ def table(found: Sparsity, **columns: Sequence[str]) -> str:
             f"{layer.dead_neurons} of {layer.neurons}",
             *more,
         ]
-        for layer, *more in zip(found.layers, *columns.values(), strict=True)
+        for layer, *more in zip(found.layers, *(texts[:-1] for texts in columns.values()), strict=True)
     ]
     left = found.weights - found.zeros
-    rows.append(["total", f"{found.weights:,}", f"{left:,}", f"{found.fraction:.2%}", "", "", *[""] * len(columns)])
+    rows.append(["total", f"{found.weights:,}", f"{left:,}", f"{found.fraction:.2%}", "", ""])
+    rows[-1] += [texts[-1] for texts in columns.values()]
     header = ["weight", "shape", "left", "zeros", "dead inputs", "dead neurons", *columns]
     return tables.render(header, rows, right=[2, 3, 4, 5])
 
