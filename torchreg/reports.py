@@ -19,9 +19,7 @@ from torchreg.zeros import LayerSparsity, Sparsity
 _INDEX = 4  # bytes of an int32
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _PACKED = getattr(torch, "float4_e2m1fn_x2", None)  # two weights in a byte: torch computes nothing on them
-FORMAT = (
-    "each weight as CSR (its values, int32 indices) where that is smaller; the rest as it is, without pruning masks"
-)
+FORMAT = "weights as CSR (their values, int32 indices) where that is smaller, the rest as it is, no pruning masks"
 
 
 @dataclass(frozen=True)
