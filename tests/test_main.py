@@ -207,7 +207,7 @@ def test_what_only_looks_like_a_pruned_pair_stays_as_it_is(read, mask):
 def test_near_zero_counts_up_to_the_threshold(read, run):
     values = torch.tensor([[0.0, 1e-4, -1e-3], [2e-3, float("nan"), 1.0]], dtype=torch.float64)
     found = read({"w": values}, "--near-zero", "1e-3")
-    assert found["near_zero_threshold"] == 1e-3
+    assert (found["near_zero_threshold"], found["near_zero"]) == (1e-3, 3)
     assert (found["layers"]["w"]["near_zero"], found["layers"]["w"]["zeros"]) == (3, 1)
     assert "near_zero" not in read({"w": values})["layers"]["w"]
     lines = run("report", "x.pt", "--near-zero", "1e-3")[1].splitlines()
@@ -246,7 +246,7 @@ def test_it_prints_as_a_table(run):
     assert lines[5].split() == f"3.weight 20×32 {left} {zeros} {dead_inputs} of 32 {dead_neurons} of 20 float32".split()
     assert lines[7].split()[:2] == ["total", f"{3 * 8 * 9 + 640 + 80:,}"]
     assert lines[9].startswith("the rest: 8 tensors, 65 entries, 264 B (4 bias, ")
-    assert re.fullmatch(r"size: 4\.05 KiB dense, [\d.]+ \w+ sparse, [\d.]+ to 1", lines[10])
+    assert re.fullmatch(r"size: 3\.91 KiB dense, [\d.]+ \w+ sparse, [\d.]+ to 1", lines[10])
     assert "CSR" in lines[11]
 
 

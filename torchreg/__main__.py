@@ -29,7 +29,7 @@ else is one line below the table. weight_orig and weight_mask count as the weigh
 A state dict does not tell a transposed or grouped convolution from a plain one, nor nn.Embedding from nn.Linear:
 where a model has such, tr.sparsity(model) counts its inputs and neurons right.
 
-The sparse size: {reports.FORMAT}.
+Sparse size: {reports.FORMAT}.
 """
 _REPORT_EXAMPLES = """examples:
   torchreg report model.pt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import importlib.util
 import json
 import os
@@ -12,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 import webbrowser
@@ -188,7 +188,7 @@ def _answers(
             # The page does not refresh by itself: opened too early it stays empty.
             if expected <= shown or now - answered > _LOAD:
                 return True
-        except (OSError, ValueError):
+        except (OSError, ValueError, http.client.HTTPException):
             if now - start > _START:
                 raise DashboardError(f"TensorBoard did not answer in {_START:.0f} s: {_last_words(log)}") from None
         time.sleep(0.1)

@@ -78,6 +78,11 @@ class Report:
         return Sparsity(tuple(weight.layer for weight in self.weights))
 
     @property
+    def near_zero(self) -> int:
+        """How many weights are at most the threshold."""
+        return sum(weight.near_zero for weight in self.weights)
+
+    @property
     def dense(self) -> int:
         """The bytes of all tensors as they are stored."""
         return sum(weight.dense for weight in self.weights) + sum(rest.bytes for rest in self.rest.values())
@@ -116,6 +121,7 @@ class Report:
             "nan": sum(part.nan for _, part in parts),
             "inf": sum(part.inf for _, part in parts),
             "near_zero_threshold": self.threshold,
+            **({} if self.threshold is None else {"near_zero": self.near_zero}),
             "dense_bytes": self.dense,
             "sparse_bytes": self.sparse,
             "ratio": self.ratio,
@@ -134,8 +140,8 @@ class Report:
         columns = {"dtype": [*[weight.dtype for weight in self.weights], ""]}
         if self.threshold is not None:
             near = [weight.near_zero / weight.layer.weights for weight in self.weights]
-            total = sum(weight.near_zero for weight in self.weights) / max(1, self.sparsity.weights)
-            columns[f"|w| ≤ {self.threshold:g}"] = [f"{share:.2%}" for share in (*near, total)]
+            near.append(self.near_zero / max(1, self.sparsity.weights))
+            columns[f"|w| ≤ {self.threshold:g}"] = [f"{share:.2%}" for share in near]
         table = zeros.table(self.sparsity, **columns) if self.weights else "no weight of two or more dimensions"
         lines += [table, ""]
         if self.rest:
@@ -223,7 +229,7 @@ def _kind(attribute: str, tensor: Tensor) -> str:
         return "empty"
     if _repeats(tensor):
         return "repeated view"
-    return kind_by_name(attribute, _widened(tensor))
+    return kind_by_name(attribute, tensor.dequantize() if tensor.is_quantized else tensor)
 
 
 def _repeats(tensor: Tensor) -> bool:
