@@ -118,7 +118,7 @@ def _torch(path: str | Path, head: bytes) -> object:
     except Exception as error:  # what a broken file makes of torch.load is of a dozen types
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(
-                f"{path} holds a pickled {refused[1]}, and loading it would run code from the file; {_SAVE}"
+                f"{path} holds a pickled {printable(refused[1])}, and loading it would run code from the file; {_SAVE}"
             ) from None
         raise CheckpointError(
             f"{path} is no file of torch.save or safetensors, or it is damaged ({type(error).__name__}); save it again"

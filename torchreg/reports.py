@@ -169,7 +169,7 @@ class Report:
                 notes.append(f"not finite: {where} has {part.nan:,} NaN and {part.inf:,} infinite entries")
         if skipped := self.checkpoint.skipped:
             names = ", ".join(map(tables.printable, skipped[:8])) + (", ..." if len(skipped) > 8 else "")
-            notes.append(f"left out: {len(skipped)} entries that are no tensors ({names})")
+            notes.append(f"left out, no tensors: {names}")
         return notes
 
 
@@ -188,7 +188,7 @@ def report(checkpoint: Checkpoint, threshold: float | None = None) -> Report:
     masked = {f"{name.removesuffix('_orig')}_mask" for name in masks}
     weights: list[Weight] = []
     rest: dict[str, Rest] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in tensors.items():  # one at a time: what is mapped from the file need not fit in memory at once
         plain = name.removesuffix("_orig") if name in masks else name
         kind = "pruning mask" if name in masked else _kind(plain.rpartition(".")[2], tensor)
         if kind:
@@ -255,23 +255,30 @@ def _weight(name: str, tensor: Tensor, mask: Tensor | None, threshold: float | N
         values = values * _widened(mask)
     alive = values != 0
     layer = LayerSparsity(name, tuple(tensor.shape), tensor.numel(), *zeros.count(alive).tolist())
+    nan, inf = _not_finite(values)
     left, rows = layer.weights - layer.zeros, tensor.shape[0]
     return Weight(
         layer=layer,
         dtype=str(tensor.dtype).removeprefix("torch."),
-        nan=int(values.isnan().sum()),
-        inf=int(values.isinf().sum()),
-        near_zero=0 if threshold is None else int((widened(values).abs() <= threshold).sum()),
+        nan=nan,
+        inf=inf,
+        near_zero=0 if threshold is None else int((widened(values).abs() <= threshold).count_nonzero()),
         dense=_bytes(tensor),
         sparse=min(_bytes(tensor), left * (tensor.element_size() + _INDEX) + (rows + 1) * _INDEX),
         ties=tuple(ties),
     )
 
 
+def _not_finite(values: Tensor) -> tuple[int, int]:
+    """How many are NaN, and how many infinite."""
+    if values.numel() and not values.is_complex() and all(map(math.isfinite, map(float, values.aminmax()))):
+        return 0, 0  # a NaN is the least and the greatest: one pass for nearly every tensor
+    return int(values.isnan().count_nonzero()), int(values.isinf().count_nonzero())
+
+
 def _added(rest: Rest, tensor: Tensor) -> Rest:
     nan = inf = 0
     if not _repeats(tensor) and tensor.dtype != _PACKED and (tensor.is_floating_point() or tensor.is_complex()):
-        values = _widened(tensor)
-        nan, inf = int(values.isnan().sum()), int(values.isinf().sum())
+        nan, inf = _not_finite(_widened(tensor))
     stored = min(_bytes(tensor), tensor.untyped_storage().nbytes())
     return Rest(rest.tensors + 1, rest.entries + tensor.numel(), rest.bytes + stored, rest.nan + nan, rest.inf + inf)
