@@ -49,11 +49,11 @@ _DASHBOARD_EXAMPLES = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line with `argv` (by default that of the process) and returns its exit code.
 
-    0 if all went well, 2 with one line on stderr if not, 130 after Ctrl-C.
+    0 if all went well, 2 with one line on stderr if not, 128 + the signal that ended it (130 for Ctrl-C).
     """
-    arguments = _parser().parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a console without × must not end in a traceback
+    arguments = _parser().parse_args(argv)
     try:
         code: int = arguments.run(arguments)
         sys.stdout.flush()

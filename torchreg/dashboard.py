@@ -83,11 +83,7 @@ def serve(logdir: str, host: str = "127.0.0.1", port: int | None = None, *, brow
     with _signals() as received, tempfile.TemporaryFile() as log, _tensorboard(folder, host, port, log) as process:
         if not _answers(process, log, _base(host, port), set(found), received):
             return 128 + received[0]
-        print(
-            f"runs: {', '.join(map(printable, found))}"
-            if found
-            else "no event files yet: it will show them as they come"
-        )
+        print(f"runs: {_listed(found)}" if found else "no event files yet: it will show them as they come")
         print(f"overview: {overview}\ncharts:   {charts}\nCtrl-C stops it", flush=True)
         if browse:
             webbrowser.open(overview)
@@ -96,6 +92,11 @@ def serve(logdir: str, host: str = "127.0.0.1", port: int | None = None, *, brow
                 raise DashboardError(f"TensorBoard ended: {_last_words(log)}")
             time.sleep(0.1)
     return 128 + received[0]
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(map(printable, names[:20])) + more
 
 
 def _base(host: str, port: int) -> str:
@@ -127,6 +128,7 @@ def _signals() -> Iterator[list[int]]:
     received: list[int] = []
     names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup
     before = {number: signal.signal(number, lambda got, _: received.append(got)) for number in numbers}
     try:
         yield received
