@@ -136,8 +136,8 @@ def sparsity(
     layers = []
     for entry in entries:
         parameter = entry.parameter
-        counted = next(read[parameter.device])
-        layers.append(LayerSparsity(entry.name, tuple(parameter.shape), parameter.numel(), *counted))
+        numbers = next(read[parameter.device])
+        layers.append(LayerSparsity(entry.name, tuple(parameter.shape), parameter.numel(), *numbers))
     return Sparsity(tuple(layers))
 
 
