@@ -2,7 +2,7 @@
 
     python examples/mnist_mlp.py                 # about four minutes on two cores
     python examples/mnist_mlp.py --epochs 60     # longer
-    tensorboard --logdir runs                    # accuracy, losses, sparsity and norms by layer
+    python -m torchreg dashboard runs            # TensorBoard: accuracy, losses, sparsity, masks, strengths
 
 1. plain        Adam, no penalty
 2. L1 in loss   Adam on loss + λΣ|w|: small weights, and no zeros
@@ -23,7 +23,6 @@ import mnist_data
 import torch
 from matplotlib.figure import Figure
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import torchreg as tr
@@ -105,10 +104,8 @@ for name, penalty in runs.items():
     else:
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
 
-    logdir = args.out / name.replace(" ", "_")
-    for stale in logdir.glob("events.out.tfevents.*"):
-        stale.unlink()  # TensorBoard would draw an earlier run into the same curve
-    writer = SummaryWriter(str(logdir))
+    hparams = {"optimizer": type(optimizer).__name__, "lr": args.lr}
+    monitor = tr.TensorBoardMonitor(args.out / name.replace(" ", "_"), reg, every=10, hparams=hparams)
     accuracy, step, epoch, seconds = {}, 0, 0, 0.0
     for phase, epochs in (("train", args.epochs), ("refit", args.refit_epochs)):
         if phase == "refit":
@@ -122,7 +119,6 @@ for name, penalty in runs.items():
         bar = tqdm(total=epochs * batches, desc=f"{name}, {phase}", disable=None, dynamic_ncols=True)
         for _ in range(epochs):
             started = time.perf_counter()
-            data_loss = 0.0
             if phase == "train" and epoch >= 2 * args.epochs / 3:
                 optimizer.param_groups[0]["betas"] = (args.late_beta, 0.999)
             for batch in torch.randperm(len(x_train)).split(args.batch_size):
@@ -134,24 +130,16 @@ for name, penalty in runs.items():
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-                data_loss += criterion.last.data
+                monitor.log(step, loss=criterion.last, lr=schedule.get_last_lr())
                 bar.update()
             seconds += time.perf_counter() - started
 
             epoch += 1
             accuracy[phase], zeros = measure(model), tr.sparsity(model)
             bar.set_postfix(accuracy=f"{accuracy[phase]:.2%}", zeros=f"{zeros.fraction:.1%}")
-            writer.add_scalar("overview/accuracy", accuracy[phase], epoch)
-            writer.add_scalar("overview/loss_data", data_loss / batches, epoch)
-            writer.add_scalar("overview/penalty", criterion.last.penalty, epoch)
-            writer.add_scalar("overview/sparsity", zeros.fraction, epoch)
-            for layer in zeros.layers:
-                weight = model.get_parameter(layer.name).detach()
-                writer.add_scalar(f"sparsity/{layer.name}", layer.fraction, epoch)
-                writer.add_scalar(f"weight_norm_l1/{layer.name}", weight.abs().sum(), epoch)
-                writer.add_scalar(f"weight_norm_l2/{layer.name}", weight.square().sum().sqrt(), epoch)
+            monitor.log(step, accuracy=accuracy[phase])
         bar.close()
-    writer.close()
+    monitor.close()
     results.append((name, accuracy, zeros, model.fc1.weight.detach(), seconds))
 
 columns = ["run", f"{score} %", "refitted %", "zeros %", "fc1 left", "fc2 left", "fc3 left", "live pixels", "seconds"]
@@ -176,4 +164,4 @@ points = {name: (zeros.fraction, 100 * accuracy["refit"]) for name, accuracy, ze
 tr.plots.frontier(points, score=f"{score} accuracy, refitted (%)", figure=last)
 picture = args.out / "mnist_mlp.png"
 figure.savefig(picture, dpi=150)
-print(f"\npicture: {picture}     dashboard: tensorboard --logdir {args.out}")
+print(f"\npicture: {picture}     dashboard: python -m torchreg dashboard {args.out}")

@@ -45,7 +45,7 @@ ORDER = [
     "plots",
     "monitor",
     "integrations",
-    "dashboard",
+    "server",
     "__main__",
 ]
 # The same within a package, where it is settled; elsewhere it is enough that no circle closes.

@@ -30,7 +30,7 @@ from torch.nn.utils import prune
 
 import torchreg as tr
 from tests.models import array
-from torchreg import checkpoints, dashboard, reports
+from torchreg import checkpoints, reports, server
 from torchreg.__main__ import _parser, main
 
 ROOT = Path(__file__).parents[1]
@@ -596,7 +596,7 @@ def test_a_terminal_without_unicode_is_written_to_in_escapes(tmp_path, monkeypat
 def test_a_hangup_that_nohup_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with dashboard._signals() as received:
+        with server._signals() as received:
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGTERM)
         assert received == [signal.SIGTERM]
@@ -698,7 +698,7 @@ def content(path: Path) -> bytes:
 
 
 def test_the_link_opens_the_overview_pinned_and_without_smoothing():
-    overview, _ = dashboard.links("127.0.0.1", 6006)
+    overview, _ = server.links("127.0.0.1", 6006)
     parts = urllib.parse.urlsplit(overview)
     query = urllib.parse.parse_qs(parts.query, strict_parsing=True)
     assert (parts.netloc, parts.path, parts.fragment) == ("127.0.0.1:6006", "/", "timeseries")
@@ -714,13 +714,13 @@ def test_the_link_opens_the_overview_pinned_and_without_smoothing():
     ("host", "where"), [("0.0.0.0", "127.0.0.1:1"), ("::", "[::1]:1"), ("::1", "[::1]:1"), ("box", "box:1")]
 )
 def test_the_link_names_an_address_that_this_machine_reaches(host, where):
-    assert urllib.parse.urlsplit(dashboard.links(host, 1)[0]).netloc == where
+    assert urllib.parse.urlsplit(server.links(host, 1)[0]).netloc == where
 
 
 @pytest.fixture
 def instead(monkeypatch):
     """What runs in TensorBoard's place."""
-    return lambda code: monkeypatch.setattr(dashboard, "_command", lambda: [sys.executable, "-c", code])
+    return lambda code: monkeypatch.setattr(server, "_command", lambda: [sys.executable, "-c", code])
 
 
 def test_a_directory_that_is_missing_or_a_file_ends_with_2(run):
@@ -751,7 +751,7 @@ def test_a_port_that_is_none_is_refused(run, port):
 
 
 def test_without_tensorboard_the_line_names_the_extra(run, monkeypatch):
-    monkeypatch.setattr(dashboard.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(server.importlib.util, "find_spec", lambda name: None)
     assert "pip install '.[tensorboard]'" in run("dashboard", ".")[2]
 
 
@@ -774,7 +774,7 @@ server = http.server.HTTPServer(("127.0.0.1", port), Handler)
 
 def test_an_empty_directory_is_said_and_one_that_dies_later_is_quoted(run, instead, monkeypatch):
     opened: list[str] = []
-    monkeypatch.setattr(dashboard.webbrowser, "open", opened.append)
+    monkeypatch.setattr(server.webbrowser, "open", opened.append)
     instead(SERVER + "server.handle_request(); sys.exit('gone')")
     code, out, err = run("dashboard", ".", "--open")
     assert (code, err) == (2, "torchreg: TensorBoard ended: gone\n")
@@ -784,7 +784,7 @@ def test_an_empty_directory_is_said_and_one_that_dies_later_is_quoted(run, inste
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_before_it_answers_stops_one_that_does_not_want_to(run, instead, monkeypatch, number):
-    monkeypatch.setattr(dashboard, "_STOP", 0.2)
+    monkeypatch.setattr(server, "_STOP", 0.2)
     handler = signal.getsignal(number)
     instead(
         "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
@@ -799,7 +799,7 @@ def test_a_signal_before_it_answers_stops_one_that_does_not_want_to(run, instead
 
 
 def test_a_tensorboard_that_never_answers_is_given_up(run, instead, monkeypatch):
-    monkeypatch.setattr(dashboard, "_START", 0.3)
+    monkeypatch.setattr(server, "_START", 0.3)
     instead("import time; print('still loading', flush=True); time.sleep(60)")
     code, out, err = run("dashboard", ".")
     assert (code, out) == (2, "")
@@ -815,4 +815,4 @@ def test_6006_is_taken_when_it_is_free_and_another_when_it_is_not():
             pass
         else:
             listener.listen()
-        assert dashboard._free_port("127.0.0.1", None) != 6006
+        assert server._free_port("127.0.0.1", None) != 6006

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 import torchreg
-from torchreg import checkpoints, dashboard, reports, tables
+from torchreg import checkpoints, reports, server, tables
 from torchreg.checks import nonnegative
 
 _EXAMPLES = """examples:
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    except (checkpoints.CheckpointError, dashboard.DashboardError, OSError, MemoryError) as error:
+    except (checkpoints.CheckpointError, server.ServerError, OSError, MemoryError) as error:
         message = str(error) or f"out of memory ({type(error).__name__})"
         print(f"torchreg: {tables.printable(message, 1000)}", file=sys.stderr)
         return 2
@@ -113,7 +113,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _dashboard(arguments: argparse.Namespace) -> int:
-    return dashboard.serve(arguments.logdir, arguments.host, arguments.port, browse=arguments.open)
+    return server.serve(arguments.logdir, arguments.host, arguments.port, browse=arguments.open)
 
 
 def _threshold(text: str) -> float:

@@ -28,7 +28,7 @@ _LOAD = 10.0  # seconds more until it has read the runs that are there
 _STOP = 5.0  # seconds between asking it to end and making it
 
 
-class DashboardError(RuntimeError):
+class ServerError(RuntimeError):
     """TensorBoard cannot be started or has died; the message says why, and what to do."""
 
 
@@ -69,14 +69,14 @@ def serve(logdir: str, host: str = "127.0.0.1", port: int | None = None, *, brow
     Returns:
         128 + the signal that ended it.
     Raises:
-        DashboardError: the directory is missing, the port is taken, TensorBoard is not installed, or it died.
+        ServerError: the directory is missing, the port is taken, TensorBoard is not installed, or it died.
     """
     folder = Path(logdir).resolve()
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise DashboardError(f"{logdir} {what}; name the log directory, such as runs")
+        raise ServerError(f"{logdir} {what}; name the log directory, such as runs")
     if importlib.util.find_spec("tensorboard") is None:
-        raise DashboardError("TensorBoard is not installed; install it: pip install '.[tensorboard]'")
+        raise ServerError("TensorBoard is not installed; install it: pip install '.[tensorboard]'")
     port = _free_port(host, port)
     found = runs(folder)
     overview, charts = links(host, port)
@@ -89,7 +89,7 @@ def serve(logdir: str, host: str = "127.0.0.1", port: int | None = None, *, brow
             webbrowser.open(overview)
         while not received:
             if process.poll() is not None:
-                raise DashboardError(f"TensorBoard ended: {_last_words(log)}")
+                raise ServerError(f"TensorBoard ended: {_last_words(log)}")
             time.sleep(0.1)
     return 128 + received[0]
 
@@ -117,9 +117,7 @@ def _free_port(host: str, port: int | None) -> int:
         except OSError as error:
             reason = error.strerror
     where = f"{host} port {port}" if port else host
-    raise DashboardError(
-        f"cannot listen on {where}: {reason}; leave --port out for a free one, and --host for 127.0.0.1"
-    )
+    raise ServerError(f"cannot listen on {where}: {reason}; leave --port out for a free one, and --host for 127.0.0.1")
 
 
 @contextlib.contextmanager
@@ -182,7 +180,7 @@ def _answers(
     while not received:
         now = time.monotonic()
         if process.poll() is not None:
-            raise DashboardError(f"TensorBoard did not start: {_last_words(log)}")
+            raise ServerError(f"TensorBoard did not start: {_last_words(log)}")
         try:
             with direct.open(f"{base}/data/runs", timeout=5) as reply:
                 shown = set(json.load(reply))
@@ -192,7 +190,7 @@ def _answers(
                 return True
         except (OSError, ValueError, http.client.HTTPException):
             if now - start > _START:
-                raise DashboardError(f"TensorBoard did not answer in {_START:.0f} s: {_last_words(log)}") from None
+                raise ServerError(f"TensorBoard did not answer in {_START:.0f} s: {_last_words(log)}") from None
         time.sleep(0.1)
     return False
 
