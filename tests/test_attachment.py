@@ -719,3 +719,20 @@ def test_the_lambd_of_asgd_is_an_l2_penalty() -> None:
     for _ in range(300):
         step_on(optimizer, model, -1.0)
     assert model[0].weight.item() == pytest.approx((1 - 0.5) / 0.25, rel=1e-6)
+
+
+def test_while_disabled_the_death_of_an_optimizer_is_no_news_yet(caplog: pytest.LogCaptureFixture) -> None:
+    """A refit has an optimizer of its own; what is said then would be wrong."""
+    caplog.set_level(logging.INFO, logger="torchreg")
+    model = two_layers()
+    reg = tr.Regularizer(model, tr.L1(0.5))
+    optimizer = Adam(model.parameters())
+    tr.optim.attach(optimizer, reg)
+    reg.disable()
+    del optimizer
+    gc.collect()
+    assert "prox" not in reg.explain()
+    assert not caplog.records
+    reg.enable()
+    assert reg().requires_grad
+    assert len(caplog.records) == 1

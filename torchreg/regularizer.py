@@ -502,6 +502,8 @@ class Regularizer:
             if route is not None and route.alive and route.active:
                 yield route
                 continue
+            if not self._enabled:  # a refit with an optimizer of its own: nothing has changed for it
+                continue
             self._routes.remove(item)
             if route is None or route.active:
                 logger.warning("the %s is gone: reg() has the gradient of its parameters again", item[1])
