@@ -16,6 +16,7 @@ from setuptools.command.build_ext import build_ext
 FLAGS = [
     "-O3",
     "-std=gnu11",
+    "-g0",
     "-fvisibility=hidden",
     "-fopenmp-simd",  # pragmas only: no OpenMP runtime comes along
     "-fno-math-errno",
@@ -46,7 +47,8 @@ class PlatformWheel(bdist_wheel):
 native = Extension(
     "torchreg.kernels._native",
     ["torchreg/kernels/native.c"],
-    depends=["torchreg/kernels/native.h", "torchreg/kernels/statistics.h"],
+    depends=[f"torchreg/kernels/{name}.h" for name in ("native", "statistics", "step")],
+    libraries=[] if sys.platform == "win32" else ["m"],
     extra_compile_args=[] if sys.platform == "win32" else FLAGS,
     optional=True,
 )

@@ -50,8 +50,8 @@ ORDER = [
 ]
 # The same within a package, where it is settled; elsewhere it is enough that no circle closes.
 INSIDE = {
-    "kernels": ["native", "choice", "summaries"],
-    "optim": ["step_sizes", "attachment", "swap_ins", "fista"],
+    "kernels": ["native", "choice", "summaries", "steps"],
+    "optim": ["step_sizes", "attachment", "one_pass", "swap_ins", "fista"],
     "penalties": ["base"],
 }
 # Optional packages, by the only part of the house that may import them (by none of it, where there is no name).

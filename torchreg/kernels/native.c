@@ -3,7 +3,7 @@
 #include "native.h"
 
 /* Counted up with every change of a table below, so that a library of another version is not called. */
-EXPORT int64_t torchreg_version(void) { return 1; }
+EXPORT int64_t torchreg_version(void) { return 3; }
 
 /* ------------------------------------------------------------------ statistics */
 
@@ -72,6 +72,13 @@ INLINE const float *load_wide(const tensor *t, int64_t at, int64_t n, float *buf
 #define ABS fabs
 #define LARGEST DBL_MAX
 #include "statistics.h"
+#undef NAMED
+#undef EXACT
+#undef real
+#undef sum
+#undef count
+#undef ABS
+#undef LARGEST
 
 INLINE int64_t renew(const tensor *t, int64_t at, int64_t n) {
     int32_t changed = 0;
@@ -188,3 +195,137 @@ EXPORT int torchreg_statistics(const tensor *tensors, int64_t n, double near_zer
     free(chunks), free(all.squares), free(all.nonzeros);
     return short_of_memory;
 }
+
+/* ------------------------------------------------------------------ steps */
+
+enum { BLOCK = 16384, STRIDE = 64 };
+
+/* Memory of the same order for all: entry i of each belongs to weight i. */
+typedef struct {
+    void *w;
+    const void *gradient;
+    void *mean, *square;
+    void *largest;      /* amsgrad's, or null */
+    const void *anchor; /* where the penalty has its minimum; null for 0 */
+    void *step;         /* the count of steps, a number of type step_dtype */
+    int64_t step_dtype, size, dtype;
+} adam_tensor;
+
+/* `unit` is the mean of a constant gradient 1; the rest is what torch's groups say. What follows is filled in here:
+   w ← prox(keep·w − rate·m/(√v/correction + eps)) with gradients of sign·g + coupled·w, where l1 and l2 are strengths
+   times the numerator of the prox's step. Where `fade` is not 0, moments of dead weights (w at the penalty's minimum)
+   that have faded below the normal numbers become 0: arithmetic on them is a hundred times slower, and they would never
+   get there by themselves. */
+typedef struct {
+    double unit, lr, decay, decoupled, sign, beta1, beta2, eps, strength1, strength2;
+    double rate, keep, coupled, correction, l1, l2, fade;
+} adam_numbers;
+
+typedef struct {
+    void *w;
+    const void *gradient;
+    void *buffer; /* null without momentum */
+    const void *anchor;
+    int64_t size, dtype;
+} sgd_tensor;
+
+/* `unit` is how far a constant gradient 1 moves a weight at lr 1. w ← prox(w − lr·b), b ← momentum·b + gain·gradient;
+   or with `ahead`, Nesterov's momentum, prox(w − lr·(gradient + ahead·b)). What follows is filled in here: l1 and l2 are
+   strengths times the prox's step. A dead weight's buffer fades at every step, which is bound by memory alone. */
+typedef struct {
+    double unit, lr, decay, sign, momentum, gain, ahead, strength1, strength2;
+    double l1, l2;
+} sgd_numbers;
+
+/* Faded moments become 0 every so many steps: too rarely to cost anything, often enough that none slow down many. */
+enum { FADE = 16 };
+
+static double counted(const adam_tensor *t) {
+    return t->step_dtype == FLOAT32 ? ++*(float *)t->step : ++*(double *)t->step;
+}
+
+static void prepare_adam(const adam_tensor *t, adam_numbers *c) {
+    const double count = counted(t), bias = 1 - pow(c->beta1, count), response = c->lr * (c->unit / bias);
+    c->rate = c->lr / bias;
+    c->correction = sqrt(1 - pow(c->beta2, count));
+    c->keep = c->decoupled != 0 ? 1 - c->lr * c->decay : 1;
+    c->coupled = c->decoupled != 0 ? 0 : c->decay;
+    c->l1 = response * c->strength1, c->l2 = response * c->strength2;
+    c->fade = fmod(count, FADE) == 0;
+}
+
+static void prepare_sgd(const sgd_tensor *t, sgd_numbers *c) {
+    (void)t;
+    c->l1 = c->lr * c->unit * c->strength1, c->l2 = c->lr * c->unit * c->strength2;
+}
+
+#define NAMED(name) name##_float
+#define real float
+#define ABS fabsf
+#define SQRT sqrtf
+#define COPYSIGN copysignf
+#define TINY FLT_MIN
+#include "step.h"
+#undef NAMED
+#undef real
+#undef ABS
+#undef SQRT
+#undef COPYSIGN
+#undef TINY
+
+#define NAMED(name) name##_double
+#define real double
+#define ABS fabs
+#define SQRT sqrt
+#define COPYSIGN copysign
+#define TINY DBL_MIN
+#include "step.h"
+
+typedef struct {
+    const void *tensors, *numbers;
+    int64_t n;
+    int64_t *ends; /* how many blocks the tensors up to this one have */
+} job;
+
+/* The tensor in which a block lies, and where the block begins. */
+static int64_t find(const job *all, int64_t block, int64_t *first) {
+    int64_t low = 0, high = all->n - 1;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (all->ends[middle] > block)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    *first = (block - (low ? all->ends[low - 1] : 0)) * BLOCK;
+    return low;
+}
+
+#define STEP(name)                                                                                                 \
+    static void name##_block(void *data, int64_t block) {                                                          \
+        const job *all = data;                                                                                     \
+        int64_t first;                                                                                             \
+        const int64_t at = find(all, block, &first);                                                               \
+        const name##_tensor *t = (const name##_tensor *)all->tensors + at;                                         \
+        const name##_numbers *c = (const name##_numbers *)all->numbers + at;                                       \
+        const int64_t last = t->size < first + BLOCK ? t->size : first + BLOCK;                                    \
+        if (t->dtype == FLOAT32)                                                                                   \
+            torchreg_##name##_float(t, c, first, last);                                                            \
+        else                                                                                                       \
+            torchreg_##name##_double(t, c, first, last);                                                           \
+    }                                                                                                              \
+                                                                                                                   \
+    /* One step of all tensors; `ends` has room for a number for each. */                                          \
+    EXPORT void torchreg_##name(const name##_tensor *tensors, name##_numbers *numbers, int64_t n,                  \
+                                int64_t *ends, team parallel, int64_t threads) {                                   \
+        job all = {tensors, numbers, n, ends};                                                                     \
+        int64_t blocks = 0;                                                                                        \
+        for (int64_t i = 0; i < n; i++) {                                                                          \
+            prepare_##name(tensors + i, numbers + i);                                                              \
+            ends[i] = blocks += (tensors[i].size + BLOCK - 1) / BLOCK;                                             \
+        }                                                                                                          \
+        run(name##_block, &all, blocks, parallel, threads);                                                        \
+    }
+
+STEP(adam)
+STEP(sgd)

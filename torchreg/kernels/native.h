@@ -18,6 +18,12 @@
 #define INLINE static inline __attribute__((always_inline))
 #endif
 
+#if defined(__GNUC__)
+#define PREFETCH(address) __builtin_prefetch(address)
+#else
+#define PREFETCH(address) ((void)0)
+#endif
+
 /* One library for every x86 processor: the loader takes the widest vectors that this one has. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__has_attribute)
 #if __has_attribute(target_clones)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-VERSION = 1
+VERSION = 3
 """That of the tables which the functions take; `native.c` has the same."""
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -26,10 +26,13 @@ class Library:
 
     Attributes:
         statistics: counts and sums of many weights in one pass.
+        adam, sgd: one step of many weights with the prox in the same pass.
         team: the address of the function that runs a task in torch's threads; 0 where there is none.
     """
 
     statistics: Any
+    adam: Any
+    sgd: Any
     team: int
 
     @property
@@ -51,9 +54,12 @@ def load(file: Path = FILE) -> Library | str:
         table, size, function = ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p
         statistics = library.torchreg_statistics
         statistics.argtypes = [table, size, ctypes.c_double, function, size]
+        adam, sgd = library.torchreg_adam, library.torchreg_sgd
+        for step in (adam, sgd):
+            step.restype, step.argtypes = None, [table, table, size, table, function, size]
     except (OSError, AttributeError) as error:
         return f"{file.name} cannot be loaded ({error}); install torchreg again, which builds it"
-    return Library(statistics, _team())
+    return Library(statistics, adam, sgd, _team())
 
 
 def _team() -> int:

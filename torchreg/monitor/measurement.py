@@ -252,7 +252,8 @@ class _Weight:
 
     def _by_sums(self, absolute: float = 0.0, squares: float = 0.0) -> float | None:
         """Ω by Σ|w| and Σw², where that is enough: these are of the weights that the model computes with."""
-        return None if self.penalty is None or units.masked(self.entry) else self.penalty._of_sums(absolute, squares)
+        soft = None if self.penalty is None or units.masked(self.entry) else self.penalty._soft()
+        return None if soft is None or soft.anchor is not None else soft.l1 * absolute + soft.l2 * squares
 
 
 def read(tensors: Sequence[Tensor]) -> tuple[list[list[float]], float]:

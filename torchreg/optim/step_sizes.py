@@ -239,10 +239,14 @@ class AdamStep(AdamKin):
     """
 
     def __call__(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step:
-        count, mean, bias = self._mean(optimizer, group, parameter)
+        lr, correction = self.numbers(optimizer, group, parameter)
         square = optimizer.state[parameter]["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-        correction = _one_less_power(group["betas"][1], count) ** 0.5
-        return _over(_number(group["lr"]) * (mean / bias), _root(square), group["eps"], correction)
+        return _over(lr, _root(square), group["eps"], correction)
+
+    def numbers(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> tuple[Any, Any]:
+        """lr·m̂, and the correction of √v: what all weights of a parameter share."""
+        count, mean, bias = self._mean(optimizer, group, parameter)
+        return _number(group["lr"]) * (mean / bias), _one_less_power(group["betas"][1], count) ** 0.5
 
 
 class AdamaxStep(AdamKin):

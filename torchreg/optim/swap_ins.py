@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from torchreg.optim.attachment import Attachment, Frozen, Prox
+from torchreg.optim.one_pass import PASSES, OnePass
 from torchreg.optim.step_sizes import STEP_SIZES, StepSize
 from torchreg.regularizer import Regularizer
 
@@ -55,10 +58,19 @@ class Proximal(Optimizer):
         """
         if self.attachment is None:
             return _unhooked(self._stock)(self, closure)
-        self.attachment.before(self)
-        loss = _unhooked(self._stock)(self, closure)
-        self.attachment.apply(self)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if torch.compiler.is_compiling() or not self._one_pass.step(self, self.attachment.penalties(self)):
+            self.attachment.before(self)
+            _unhooked(self._stock)(self)
+            self.attachment.apply(self)
         return loss
+
+    @functools.cached_property
+    def _one_pass(self) -> OnePass:
+        return PASSES[self._stock](self._stock)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group as the stock class does; its selected parameters get the prox from now on."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,14 @@ from torchreg.checks import Step
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+class Soft(NamedTuple):
+    """λ₁Σ|w − w₀| + λ₂Σ(w − w₀)² as numbers, which a step in one pass takes; w₀ is 0 where there is no anchor."""
+
+    l1: float
+    l2: float
+    anchor: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -40,6 +48,11 @@ class Penalty(ABC):
     convex: ClassVar[bool]
     separable: ClassVar[bool]
     smooth: ClassVar[bool]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if {"_prox", "prox", "prox_"} & vars(cls).keys() and "_soft" not in vars(cls):
+            cls._soft = Penalty._soft  # type: ignore[method-assign]  # what it inherits is of another prox
 
     def __post_init__(self) -> None:
         kind = type(self).__name__
@@ -154,8 +167,8 @@ class Penalty(ABC):
     def _prox(self, w: Tensor, step: Step) -> Tensor:
         """The prox for checked weights in float32 or wider; a tensor step is taken on trust."""
 
-    def _of_sums(self, absolute: float, squares: float) -> float | None:
-        """Ω from Σ|w| and Σw², where these are enough: a monitor has them anyway."""
+    def _soft(self) -> Soft | None:
+        """Ω as numbers, if it is a sum of |w| and w²; else None, and the prox is a pass of its own."""
         return None
 
     def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchreg import checks
 from torchreg.checks import Step
 from torchreg.functional import soft_threshold
-from torchreg.penalties.base import Penalty
+from torchreg.penalties.base import Penalty, Soft
 from torchreg.penalties.l1 import L1
 from torchreg.penalties.l2 import sum_of_squares
 
@@ -82,8 +82,8 @@ class ElasticNet(Penalty):
     def _prox(self, w: Tensor, step: Step) -> Tensor:
         return soft_threshold(w, step * self.l1) / (1 + 2 * self.l2 * step)  # a huge step times l2 = 0 is 0
 
-    def _of_sums(self, absolute: float, squares: float) -> float:
-        return self.l1 * absolute + self.l2 * squares
+    def _soft(self) -> Soft:
+        return Soft(self.l1, self.l2)
 
     def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
         smooth = 2 * self.l2 * w

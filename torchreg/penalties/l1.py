@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchreg.checks import Step
 from torchreg.functional import soft_threshold
-from torchreg.penalties.base import Penalty, indicator, largest, over
+from torchreg.penalties.base import Penalty, Soft, indicator, largest, over
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,8 +52,8 @@ class L1(Penalty):
     def _prox(self, w: Tensor, step: Step) -> Tensor:
         return soft_threshold(w, step * self.strength)
 
-    def _of_sums(self, absolute: float, squares: float) -> float:
-        return self.strength * absolute
+    def _soft(self) -> Soft:
+        return Soft(self.strength, 0.0)
 
     def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
         limit = min(self.strength, torch.finfo(w.dtype).max)  # clamp refuses a number beyond the range of w

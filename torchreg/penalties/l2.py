@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchreg import checks
 from torchreg.checks import Step
-from torchreg.penalties.base import Penalty, over
+from torchreg.penalties.base import Penalty, Soft, over
 
 
 def sum_of_squares(w: Tensor) -> Tensor:
@@ -66,8 +66,8 @@ class L2(Penalty):
     def _prox(self, w: Tensor, step: Step) -> Tensor:
         return w / (1 + 2 * self.strength * step)
 
-    def _of_sums(self, absolute: float, squares: float) -> float:
-        return self.strength * squares
+    def _soft(self) -> Soft:
+        return Soft(0.0, self.strength)
 
     def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
         return 2 * self.strength * w

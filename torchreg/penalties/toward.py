@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchreg.checks import Step
-from torchreg.penalties.base import Penalty, inner
+from torchreg.penalties.base import Penalty, Soft, inner
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
@@ -70,6 +70,10 @@ class Toward(Penalty):
         kept = self.penalty._prox(away, step)
         # Exact at both ends, where w₀ + kept would round: no step leaves w, and a zero is w₀.
         return torch.where(kept == 0, anchor, w - (away - kept))
+
+    def _soft(self) -> Soft | None:
+        soft = self.penalty._soft()
+        return None if soft is None or soft.anchor is not None else soft._replace(anchor=self.anchor)
 
     def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
         return self.penalty._subgradient(w - self.anchor.to(w), gradient)

@@ -1,0 +1,326 @@
+"""The stock step and the prox in one pass over memory, where the native library serves."""
+
+from __future__ import annotations
+
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.nn import Parameter
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from torchreg.kernels.choice import native
+from torchreg.kernels.native import DTYPES, Library
+from torchreg.kernels.steps import AdamNumbers, SGDNumbers, Tables
+from torchreg.optim.step_sizes import Followed, _number
+from torchreg.penalties import Penalty
+from torchreg.penalties.base import Soft
+
+Group = dict[str, Any]
+State = dict[str, Any]
+Layout = tuple[torch.dtype, tuple[int, ...], int]
+
+FREE = Soft(0.0, 0.0)
+"""Of a parameter that is not regularized."""
+
+
+@dataclass
+class Rows:
+    """The tables of a step, kept from one to the next, with all that they were made from.
+
+    To make them costs as much as to step a small network, so they are compared instead: by identity and by address.
+
+    Attributes:
+        slots: (state, name, buffer) of every buffer.
+        memory, pointers: every tensor of the tables but the gradients, and where it lay.
+        units: (row, state, a, b, p, q) of each regularized parameter with a momentum: see `OnePass.unit`.
+    """
+
+    parameters: list[Tensor]
+    states: list[Any]
+    settings: list[Any]
+    asked: list[Any]
+    lrs: list[float]
+    slots: list[tuple[State, str, Tensor]]
+    memory: list[Tensor]
+    pointers: list[int]
+    layouts: list[Layout]
+    units: list[tuple[int, State, tuple[float, float, float, float]]]
+    tables: Tables
+
+    def stand(self, parameters: list[Tensor], states: list[Any], settings: list[Any], asked: list[Any]) -> bool:
+        """The step is still one of the same tensors under the same settings."""
+        return (
+            _same(parameters, self.parameters)
+            and _same(states, self.states)
+            and _same(asked, self.asked)
+            and settings == self.settings
+            and all(state.get(name) is buffer for state, name, buffer in self.slots)
+            and [memory.data_ptr() for memory in self.memory] == self.pointers
+        )
+
+    def point_to(self, gradients: list[Tensor]) -> bool:
+        """The gradients are in the tables; False where C cannot read one in the order of its weight."""
+        addresses, width = self.tables.addresses, self.tables.address_width
+        for i, (gradient, (dtype, stride, size)) in enumerate(zip(gradients, self.layouts, strict=True)):
+            if (
+                type(gradient) is not Tensor
+                or gradient.dtype is not dtype
+                or gradient.layout is not torch.strided
+                or gradient.stride() != stride
+                or gradient.numel() != size
+                or not gradient.is_cpu
+                or gradient.is_neg()
+            ):
+                return False
+            addresses[i * width + 1] = gradient.data_ptr()
+        return True
+
+    def follow(self) -> bool:
+        """Takes the unit responses one step on; False where one has no number to go on from."""
+        news = []
+        for row, state, (a, b, p, q) in self.units:
+            old = state.get(Followed.KEY)
+            if not isinstance(old, float):
+                return False
+            new = a * old + b
+            news.append((row, state, new, p + q * new))
+        numbers, width = self.tables.numbers, self.tables.number_width
+        for row, state, new, unit in news:
+            state[Followed.KEY] = new
+            numbers[row * width] = unit
+        return True
+
+
+class OnePass(ABC):
+    """One optimizer's steps in the native library, as far as it can take them.
+
+    It takes dense weights, gradients and buffers of one dtype, float32 or float64, and of one memory layout, on the
+    CPU, with penalties that are sums of |w| and w². All else is left to the stock step and the prox after it: the very
+    first step, which builds the state, too.
+    """
+
+    def __init__(self, stock: type[Optimizer]) -> None:
+        self.stock = stock
+        self._rows: Rows | None = None
+
+    def step(self, optimizer: Optimizer, penalties: Mapping[int, Penalty | None]) -> bool:
+        """Takes a step and its prox and returns True; or returns False, and nothing has changed."""
+        library = native()
+        if library is None or _is_scaled(optimizer):
+            return False
+        groups, parameters, gradients = [], [], []
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                gradient = parameter.grad
+                if gradient is not None:
+                    groups.append(group)
+                    parameters.append(parameter)
+                    gradients.append(gradient)
+        states = list(optimizer.state.values())
+        asked = [penalties.get(id(parameter), FREE) for parameter in parameters]
+        settings = [_settings(group) for group in optimizer.param_groups]
+        if self._rows is None or not self._rows.stand(parameters, states, settings, asked):
+            self._rows = self._made(optimizer, groups, parameters, states, settings, asked)
+        rows = self._rows
+        if rows is None or not (rows.point_to(gradients) and rows.follow()):
+            return False
+        lrs = [_number(group["lr"]) for group in groups]
+        if lrs != rows.lrs:
+            rows.lrs = lrs
+            for row, lr in enumerate(lrs):
+                rows.tables.numbers[row * rows.tables.number_width + 1] = lr
+        rows.tables.run(self.kernel(library), library)
+        increment_version(parameters)
+        return True
+
+    # ------------------------------------------------------------------ what differs by optimizer
+
+    @abstractmethod
+    def kernel(self, library: Library) -> Any:
+        """The function of the native library."""
+
+    @abstractmethod
+    def takes(self, group: Group) -> bool:
+        """The settings of this group are among those that the native step knows."""
+
+    @abstractmethod
+    def buffers(self, group: Group) -> Sequence[str]:
+        """The names of a parameter's buffers in the order of the kernel's table; "" for one that is not used."""
+
+    @abstractmethod
+    def numbers(self, group: Group, soft: Soft) -> AdamNumbers | SGDNumbers:
+        """The row of numbers of a parameter; a momentum's unit response comes with each step."""
+
+    @abstractmethod
+    def unit(self, group: Group) -> tuple[float, float, float, float] | None:
+        """(a, b, p, q), where the momentum of a constant 1 goes c ← a·c + b and the response over lr is p + q·c."""
+
+    def counter(self, state: State) -> Tensor | None:
+        """The count of steps, where the kernel's table has it."""
+        return None
+
+    # ------------------------------------------------------------------ the tables
+
+    def _made(
+        self,
+        optimizer: Optimizer,
+        groups: list[Group],
+        parameters: list[Tensor],
+        states: list[Any],
+        settings: list[Any],
+        asked: list[Any],
+    ) -> Rows | None:
+        """The tables; None where something is not for the native library, or for no prox at all."""
+        softs = [FREE if x is None else x if isinstance(x, Soft) else x._soft() for x in asked]
+        if all(soft is not None and soft.l1 == soft.l2 == 0 for soft in softs):
+            return None  # the stock step, bit for bit
+        rows = Rows(parameters, states, settings, asked, [], [], [], [], [], [], Tables())
+        numbers = []
+        for i, (group, parameter, soft) in enumerate(zip(groups, parameters, softs, strict=True)):
+            state = optimizer.state.get(parameter, {})
+            names = self.buffers(group)
+            if soft is None or not self.takes(group) or any(name and state.get(name) is None for name in names):
+                return None
+            buffers = [state[name] if name else None for name in names]
+            count = self.counter(state)
+            if not _alike(parameter, [*buffers, soft.anchor]) or not (count is None or _counts(count)):
+                return None
+            rows.slots += [(state, name, state[name]) for name in names if name]
+            known = [w for w in (parameter, *buffers, soft.anchor, count) if w is not None]
+            rows.memory += known
+            rows.pointers += [w.data_ptr() for w in known]
+            rows.layouts.append((parameter.dtype, parameter.stride(), parameter.numel()))
+            unit = self.unit(group)
+            if unit is not None and isinstance(asked[i], Penalty | None):
+                rows.units.append((i, state, unit))
+            counted = () if count is None else (count.data_ptr(), DTYPES[count.dtype])
+            others = [0 if w is None else w.data_ptr() for w in (*buffers, soft.anchor)]
+            rows.tables.add((parameter.data_ptr(), 0, *others, *counted, parameter.numel(), DTYPES[parameter.dtype]))
+            numbers.append(self.numbers(group, soft))
+            rows.lrs.append(_number(group["lr"]))
+        rows.tables.number(numbers)
+        return rows
+
+
+class AdamPass(OnePass):
+    """Adam and AdamW."""
+
+    def kernel(self, library: Library) -> Any:
+        return library.adam
+
+    def takes(self, group: Group) -> bool:
+        return (
+            _is_open(group) and not group["capturable"] and not any(isinstance(beta, Tensor) for beta in group["betas"])
+        )
+
+    def buffers(self, group: Group) -> Sequence[str]:
+        return "exp_avg", "exp_avg_sq", "max_exp_avg_sq" if group["amsgrad"] else ""
+
+    def counter(self, state: State) -> Tensor | None:
+        return state["step"]
+
+    def unit(self, group: Group) -> tuple[float, float, float, float]:
+        beta1 = group["betas"][0]
+        return beta1, 1 - beta1, 0.0, 1.0
+
+    def numbers(self, group: Group, soft: Soft) -> AdamNumbers:
+        # AdamW of torch before 2.7 has no such key.
+        decoupled = group.get("decoupled_weight_decay", self.stock is AdamW)
+        return AdamNumbers(
+            unit=0.0,
+            lr=_number(group["lr"]),
+            decay=group["weight_decay"],
+            decoupled=decoupled,
+            sign=-1.0 if group["maximize"] else 1.0,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            strength1=soft.l1,
+            strength2=soft.l2,
+        )
+
+
+class SGDPass(OnePass):
+    """SGD, with and without momentum."""
+
+    def kernel(self, library: Library) -> Any:
+        return library.sgd
+
+    def takes(self, group: Group) -> bool:
+        return _is_open(group)
+
+    def buffers(self, group: Group) -> Sequence[str]:
+        return ("momentum_buffer" if group["momentum"] != 0 else "",)
+
+    def unit(self, group: Group) -> tuple[float, float, float, float] | None:
+        momentum = group["momentum"]
+        if momentum == 0:
+            return None
+        return momentum, 1 - group["dampening"], *((1.0, momentum) if group["nesterov"] else (0.0, 1.0))
+
+    def numbers(self, group: Group, soft: Soft) -> SGDNumbers:
+        return SGDNumbers(
+            unit=1.0,
+            lr=_number(group["lr"]),
+            decay=group["weight_decay"],
+            sign=-1.0 if group["maximize"] else 1.0,
+            momentum=group["momentum"],
+            gain=1 - group["dampening"],
+            ahead=group["momentum"] if group["nesterov"] else 0.0,
+            strength1=soft.l1,
+            strength2=soft.l2,
+        )
+
+
+PASSES: dict[type[Optimizer], type[OnePass]] = {SGD: SGDPass, Adam: AdamPass, AdamW: AdamPass}
+
+
+def _settings(group: Group) -> list[Any]:
+    """All that shapes the tables; lr, which schedulers change at every step, is written into them."""
+    return [value for key, value in group.items() if key not in ("params", "lr", "initial_lr")]
+
+
+def _is_open(group: Group) -> bool:
+    """Which implementation serves is left to the optimizer, or a fused one is asked for; and the numbers are numbers."""
+    lr = group["lr"]
+    return (
+        group["foreach"] is None
+        and group["fused"] is not False
+        and not group["differentiable"]
+        and not (isinstance(lr, Tensor) and (lr.requires_grad or not lr.is_cpu))
+        and not any(isinstance(group.get(key), Tensor) for key in ("weight_decay", "momentum", "dampening", "eps"))
+    )
+
+
+def _is_scaled(optimizer: Any) -> bool:
+    """A GradScaler asks a fused optimizer to unscale the gradients, and to look whether they are finite."""
+    return getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None
+
+
+def _same(a: Sequence[object], b: Sequence[object]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def _counts(count: Tensor) -> bool:
+    return count.is_cpu and count.dtype in (torch.float32, torch.float64) and type(count) is Tensor
+
+
+def _alike(w: Tensor, others: Sequence[Tensor | None]) -> bool:
+    """Dense memory that C can read, all of one dtype and layout: no subclass, which may hold no data."""
+    if w.layout is not torch.strided or w.dtype not in (torch.float32, torch.float64):
+        return False
+    # `empty_like` keeps the strides of dense memory alone.
+    own = (True, w.dtype, w.shape, torch.empty_like(w).stride(), False)
+    return all(
+        type(x) in (Tensor, Parameter)
+        and x.layout is torch.strided
+        and (x.is_cpu, x.dtype, x.shape, x.stride(), x.is_neg()) == own
+        for x in (w, *others)
+        if x is not None
+    )
