@@ -20,7 +20,10 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, StepLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import torchreg as tr
+from tests.backends import backend as backend
 from tests.models import Counted
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 PAIRS: list[tuple[type[Optimizer], Any]] = [
     (SGD, tr.optim.ProxSGD),

@@ -59,9 +59,9 @@ FILLED_IN = {AdamNumbers: 7, SGDNumbers: 2}
 class Tables:
     """Rows of addresses and numbers, one a weight, for `Library.adam` or `Library.sgd`.
 
-    The addresses are those of w, its gradient, its buffers (adam: m, v, amsgrad's maximum; sgd: b) and its anchor, 0 for
-    none; adam has the address and the dtype of the count of steps next; then the number of weights and their dtype. The
-    memory of a row must have one order, and stay until the call has come back.
+    The addresses are those of w, its gradient, its buffers (adam: m, v, amsgrad's maximum; sgd: b) and its anchor, 0
+    for none; adam has the address and the dtype of the count of steps next; then the number of weights and their dtype.
+    The memory of a row must have one order, and stay until the call has come back.
     """
 
     addresses: array[int] = field(default_factory=lambda: array("q"))

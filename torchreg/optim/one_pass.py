@@ -102,7 +102,8 @@ class OnePass(ABC):
 
     It takes dense weights, gradients and buffers of one dtype, float32 or float64, and of one memory layout, on the
     CPU, with penalties that are sums of |w| and w². All else is left to the stock step and the prox after it: the very
-    first step, which builds the state, too.
+    first step, which builds the state, too. A weight differs from theirs by at most 4 roundings of the terms that it is
+    the sum of (itself, its move, its threshold), and by no bit between processors or numbers of threads.
     """
 
     def __init__(self, stock: type[Optimizer]) -> None:
@@ -197,7 +198,7 @@ class OnePass(ABC):
             rows.pointers += [w.data_ptr() for w in known]
             rows.layouts.append((parameter.dtype, parameter.stride(), parameter.numel()))
             unit = self.unit(group)
-            if unit is not None and isinstance(asked[i], Penalty | None):
+            if unit is not None and asked[i] is not FREE:
                 rows.units.append((i, state, unit))
             counted = () if count is None else (count.data_ptr(), DTYPES[count.dtype])
             others = [0 if w is None else w.data_ptr() for w in (*buffers, soft.anchor)]
@@ -287,7 +288,7 @@ def _settings(group: Group) -> list[Any]:
 
 
 def _is_open(group: Group) -> bool:
-    """Which implementation serves is left to the optimizer, or a fused one is asked for; and the numbers are numbers."""
+    """The choice of an implementation is left open, or a fused one is asked for; and all settings are numbers."""
     lr = group["lr"]
     return (
         group["foreach"] is None
