@@ -1,0 +1,214 @@
+"""What a proximal step costs beside the stock fused step of torch, on the CPU, in float32, with L1 in the exact metric.
+
+    python benchmarks/step.py --short
+    python benchmarks/step.py --json step.json
+
+Every figure is a ratio to the stock fused step of the same weights in the same run: the variants take turns, and a row
+has the median of the ratios of neighbours, with the quartiles. One thread is timed by its own processor time, which
+other programs on the machine disturb least; several by the clock. The variants: the swap-in with the native kernel; the
+same without it (`TORCHREG_BACKEND=torch`); and what a user would write, the stock optimizer as it comes and a loop that
+shrinks every weight.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import torchreg as tr
+from torchreg.kernels import summarize
+
+Shapes = list[tuple[int, ...]]
+LAMBDA = 1e-6
+OPTIMIZERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "AdamW": (torch.optim.AdamW, tr.optim.ProxAdamW, {"lr": 1e-3}),
+    "SGD, momentum": (torch.optim.SGD, tr.optim.ProxSGD, {"lr": 1e-3, "momentum": 0.9}),
+}
+
+
+def lenet() -> Shapes:
+    """LeNet-300-100."""
+    return [(300, 784), (300,), (100, 300), (100,), (10, 100), (10,)]
+
+
+def resnet50() -> Shapes:
+    """Convolutions, two vectors a norm layer, and the classifier: 161 tensors, 25.6 M weights."""
+    convolutions: Shapes = [(64, 3, 7, 7)]
+    inputs = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            convolutions += [(width, inputs, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
+            if block == 0:
+                convolutions.append((4 * width, inputs, 1, 1))
+            inputs = 4 * width
+    return [shape for c in convolutions for shape in (c, c[:1], c[:1])] + [(1000, 2048), (1000,)]
+
+
+def gpt2() -> Shapes:
+    """GPT-2 small: 148 tensors, 124.4 M weights."""
+    block: Shapes = [(768,), (768,), (2304, 768), (2304,), (768, 768), (768,)]
+    block += [(768,), (768,), (3072, 768), (3072,), (768, 3072), (768,)]
+    return [(50257, 768), (1024, 768), *block * 12, (768,), (768,)]
+
+
+NETWORKS: dict[str, Callable[[], Shapes]] = {"LeNet-300-100": lenet, "ResNet-50": resnet50, "GPT-2 small": gpt2}
+
+
+class Weights(nn.Module):
+    """Parameters of given shapes, with gradients, and no forward pass."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__()
+        self.all = nn.ParameterList([nn.Parameter(torch.randn(shape) * 0.05) for shape in shapes])
+        for w in self.all:
+            w.grad = torch.randn_like(w) * 0.01
+
+
+def users_loop(optimizer: Any) -> None:
+    """The stock step as it comes, then w ← sign(w)·max(|w| − s·λ, 0), with the step of the metric for each weight."""
+    optimizer.step()
+    with torch.no_grad():
+        for group in optimizer.param_groups:
+            for w in group["params"]:
+                if w.dim() < 2:
+                    continue
+                step: Any = group["lr"]
+                if "betas" in group:
+                    state = optimizer.state[w]
+                    correction = (1 - group["betas"][1] ** state["step"].item()) ** 0.5
+                    step = step / (state["exp_avg_sq"].sqrt() / correction + group["eps"])
+                else:
+                    step = step / (1 - group["momentum"])
+                w.copy_(torch.sign(w) * torch.relu(w.abs() - step * LAMBDA))
+
+
+def take_turns(variants: dict[str, Callable[[], None]], seconds: float, threads: int) -> dict[str, list[float]]:
+    """The time of each variant in every turn; the first two turns, which build states and caches, do not count."""
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    end, turn = time.perf_counter() + seconds, 0
+    while turn < 7 or time.perf_counter() < end:
+        for name, run in variants.items():
+            start = clock()
+            run()
+            if turn > 1:
+                times[name].append(clock() - start)
+        turn += 1
+    return times
+
+
+def forced(backend: str, run: Callable[[], Any]) -> Callable[[], None]:
+    def go() -> None:
+        os.environ["TORCHREG_BACKEND"] = backend
+        run()
+
+    return go
+
+
+def ratios(times: dict[str, list[float]], base: str) -> dict[str, tuple[float, float, float]]:
+    """First quartile, median and third quartile of each variant over its neighbour in the same turn."""
+    found = {}
+    for name in times:
+        if name != base:
+            turns = [a / b for a, b in zip(times[name], times[base], strict=True)]
+            low, middle, high = statistics.quantiles(turns, n=4)
+            found[name] = (low, middle, high)
+    return found
+
+
+def steps(shapes: Shapes, optimizer: str, threads: int, seconds: float) -> dict[str, tuple[float, float, float]]:
+    stock, swap_in, settings = OPTIMIZERS[optimizer]
+    plain, regularized = Weights(shapes), Weights(shapes)
+    fused = stock(plain.parameters(), fused=True, **settings)
+    loop = stock(plain.parameters(), **settings)
+    prox = swap_in(regularized.parameters(), regularizer=tr.Regularizer(regularized, tr.L1(LAMBDA)), **settings)
+    native = {"native": forced("native", prox.step)} if tr.backends()["native"].used else {}
+    variants = {"fused": fused.step, **native, "torch": forced("torch", prox.step), "loop": lambda: users_loop(loop)}
+    times = take_turns(variants, seconds, threads)
+    os.environ.pop("TORCHREG_BACKEND", None)
+    return ratios(times, "fused")
+
+
+def half_dead(threads: int, seconds: float) -> dict[str, tuple[float, float, float]]:
+    """A layer of which half the weights are dead, their moments faded, beside a dense one."""
+    runs = {}
+    for name in ("dense", "half dead"):
+        model = Weights([(2000, 1000)])
+        [w] = model.parameters()
+        prox = tr.optim.ProxAdamW([w], lr=1e-3, regularizer=tr.Regularizer(model, tr.L1(LAMBDA)))
+        prox.step()
+        if name == "half dead":
+            dead = torch.arange(w.numel()).view_as(w) % 2 == 0
+            with torch.no_grad():
+                for x in (w, w.grad, prox.state[w]["exp_avg"], prox.state[w]["exp_avg_sq"]):
+                    x[dead] = 0.0 if x is w or x is w.grad else 1e-39
+        for _ in range(20):
+            prox.step()
+        runs[name] = prox.step
+    return ratios(take_turns(runs, seconds, threads), "dense")
+
+
+def statistics_of(shapes: Shapes, threads: int, seconds: float) -> dict[str, tuple[float, float, float]]:
+    weights = [w.detach() for w in Weights(shapes).parameters()]
+
+    def three_items() -> None:
+        for w in weights:
+            (w == 0).sum().item(), w.abs().sum().item(), w.square().sum().item()
+
+    native = {"native": forced("native", lambda: summarize(weights))} if tr.backends()["native"].used else {}
+    variants = {"items": three_items, **native, "torch": forced("torch", lambda: summarize(weights))}
+    times = take_turns(variants, seconds, threads)
+    os.environ.pop("TORCHREG_BACKEND", None)
+    return ratios(times, "items")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="under a minute: LeNet-300-100 and ResNet-50, few turns")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--json", type=Path, help="write every ratio here")
+    options = parser.parse_args()
+    networks = dict(list(NETWORKS.items())[: 2 if options.short else 3])
+    seconds = 2.0 if options.short else 20.0
+    record: list[dict[str, Any]] = []
+
+    def row(cells: list[str], found: dict[str, tuple[float, float, float]], columns: list[str]) -> None:
+        texts = [
+            "{1:.2f} ({0:.2f}, {2:.2f})".format(*found[name]) if name in found else "not built" for name in columns
+        ]
+        print(f"| {' | '.join([*cells, *texts])} |", flush=True)
+        record.append({"row": cells, "quartiles": found})
+        if options.json:
+            options.json.write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+    print(tr.backends(), flush=True)
+    print("\n| step | optimizer | threads | native | torch | user's loop |\n|---|---|---|---|---|---|", flush=True)
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for network, shapes in networks.items():
+            for optimizer in OPTIMIZERS:
+                found = steps(shapes(), optimizer, threads, seconds)
+                row([network, optimizer, str(threads)], found, ["native", "torch", "loop"])
+    print("\n| statistics | threads | native | torch |\n|---|---|---|---|", flush=True)
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for network, shapes in networks.items():
+            row([network, str(threads)], statistics_of(shapes(), threads, seconds), ["native", "torch"])
+    print("\n| a half-dead layer over a dense one | threads | ratio |\n|---|---|---|", flush=True)
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        row(["2000×1000", str(threads)], half_dead(threads, seconds), ["half dead"])
+    print(f"\ntorch {torch.__version__}")
+
+
+if __name__ == "__main__":
+    main()
