@@ -16,9 +16,9 @@ from tests.backends import needs_native
 from tests.cases import DTYPES, layouts, weights
 from torchreg.kernels import Summary, summarize
 
-# Tiles have 16 rows of 512 entries; a task has no fewer than 32,768.
+# Tiles have 16 rows of 1,024 entries; a task has no fewer than 32,768.
 SHAPES = [
-    *((), (0,), (1,), (513,), (0, 3), (3, 0), (1, 1), (16, 512), (17, 513), (300, 784), (2, 1025), (1000, 3)),
+    *((), (0,), (1,), (513,), (0, 3), (3, 0), (1, 1), (16, 1024), (17, 513), (300, 784), (2, 1025), (1000, 3)),
     *((4, 3, 2), (33, 20, 3, 3), (2, 0, 3), (600, 5, 40)),
 ]
 SUMS = 1e-6

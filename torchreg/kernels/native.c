@@ -7,7 +7,7 @@ EXPORT int64_t torchreg_version(void) { return 3; }
 
 /* ------------------------------------------------------------------ statistics */
 
-enum { TILE = 16, STRIP = 512, CHUNKS = 32 };
+enum { TILE = 16, STRIP = 1024, CHUNKS = 32 };
 
 /* One contiguous weight of rows × columns × inner entries. `counts` gets zeros, near zeros, nonfinite entries, changes
    of support, then the nonzeros of every row and every column; `sums` gets Σ|w|, Σw², max|w|, then Σw² of every row

@@ -63,7 +63,7 @@ def summarize(
     tensor([3., 4.], dtype=torch.float64)
     """
     near_zero = checks.nonnegative("near_zero", near_zero, "pass a magnitude such as 1e-8")
-    weights = [checks.weights("summarize", w).detach() for w in weights]
+    weights = [checks.weights("summarize", w) for w in weights]
     known = [None] * len(weights) if supports is None else list(supports)
     if len(known) != len(weights):
         raise ValueError(f"{len(known)} supports for {len(weights)} weights; pass one for each weight")
@@ -98,10 +98,10 @@ def _fits(support: Tensor, w: Tensor) -> bool:
 def _is_plain(w: Tensor) -> bool:
     """Memory that C can read: no subclass, which may hold no data or not all of it."""
     return (
-        w.device.type == "cpu"
+        type(w) in (Tensor, torch.nn.Parameter)
+        and w.is_cpu
+        and w.layout is torch.strided
         and w.dtype in DTYPES
-        and w.layout == torch.strided
-        and type(w) in (Tensor, torch.nn.Parameter)
         and not w.is_neg()
     )
 
@@ -130,7 +130,7 @@ def _in_c(
 
 
 def _in_torch(w: Tensor, near_zero: float, support: Tensor | None) -> Summary:
-    modulus = checks.widened(w).abs().reshape(_as_three(w))
+    modulus = checks.widened(w.detach()).abs().reshape(_as_three(w))
     double = torch.float64 if w.device.type == "cpu" else modulus.dtype
     # A CPU makes bool tensors five times slower than numbers 0 and 1; all of them in one buffer spares page faults.
     part = torch.empty_like(modulus)
