@@ -8,8 +8,7 @@ import operator
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +19,8 @@ from torchreg import checks
 from torchreg.certificates import Stationarity
 from torchreg.loss import LastLoss
 from torchreg.monitor import pictures, summaries, tags, texts
-from torchreg.monitor.event_file import BorrowedWriter, EventFile
+from torchreg.monitor.budget import Budget
+from torchreg.monitor.event_file import Sink, opener
 from torchreg.monitor.layout import FEW, layout
 from torchreg.monitor.measurement import NEAR_ZERO, Gauge, read
 from torchreg.monitor.pictures import History
@@ -52,13 +52,14 @@ class TensorBoardMonitor:
     Under `torch.distributed` the process of rank 0 writes, and every process calls `log`.
 
     Args:
-        writer: the log directory of this run, or a `torch.utils.tensorboard.SummaryWriter` to write into; for a resumed
+        writer: the log directory of this run, or a `torch.utils.tensorboard.SummaryWriter` to write into; in a resumed
             run that one needs its `purge_step`.
         regularizer: what is measured.
         every: write at every so many steps, ≥ 1.
         images_every: draw images and histograms at every so many steps, ≥ 1; None: as the budget allows, and ever less
             often; 0: never.
-        budget: the share of the time that measuring may take, and drawing again as much; None is no limit.
+        budget: the share of the time that measuring may take, and drawing again as much; None is no limit. Sharded
+            weights, which all processes gather together, are measured at every `every`-th step.
         near_zero: what counts as nearly zero, ≥ 0, in units of a weight.
         hparams: more hyperparameters of the run, to stand beside optimizer, learning rate and strengths.
     Raises:
@@ -101,23 +102,23 @@ class TensorBoardMonitor:
         self._regularizer = regularizer
         self._every = _whole("every", every, 1)
         self._images_every = None if images_every is None else _whole("images_every", images_every, 0)
-        self._budget = None if budget is None else checks.nonnegative("budget", budget, "pass a share such as 0.01")
+        if budget is not None:
+            budget = checks.nonnegative("budget", budget, "pass a share such as 0.01")
         self._near_zero = checks.nonnegative("near_zero", near_zero, "pass what counts as nearly zero, such as 1e-3")
         self._hparams = _hyperparameters(hparams or {})
-        self._where, self._open = _opener(writer)
-        self._gauge = Gauge(regularizer)
-        self._sink: EventFile | BorrowedWriter | None = None
-        self._begun = self._closed = self._failed = False
-        self._writes = self._measures = self._sharded = False
+        self._where, self._open = opener(writer)
+        self._sink: Sink | None = None  # none in processes of another rank, nor once writing failed
+        self._gauge: Gauge | None = None  # none before the first step, nor once the weights cannot be measured
+        self._sharded = self._closed = False
         self._warned: set[str] = set()
         self._written: dict[str, int] = {}  # the last step of each tag
         self._waiting: dict[str, tuple[int, Any]] = {}  # what came between two multiples of `every`
         self._events: dict[tuple[str, ...], Any] = {}
-        self._first_step = self._last_step = 0
+        self._first_step = 0
+        self._last_step: int | None = None
         self._measured: int | None = None  # the last step of which the weights were measured
         self._drawn: int | None = None  # and drawn
-        self._started = time.perf_counter()
-        self._measuring = self._drawing = self._drawing_once = 0.0  # seconds
+        self._measuring, self._drawing = Budget(budget, free=_FREE_SECONDS), Budget(budget)
         self._history = History()
 
     # ------------------------------------------------------------------ logging
@@ -138,17 +139,18 @@ class TensorBoardMonitor:
                 checkpoint: what was logged from there on is replaced.
             loss: a number or a tensor; or `criterion.last` of a RegularizedLoss, which has both parts.
             accuracy: a share.
-            lr: the learning rate, or a list of them as schedulers have it; by default the proximal optimizer's.
+            lr: the learning rate, or a list of them as schedulers have it; by default the proximal optimizer's, of each
+                parameter group.
             values: more numbers and 0-d tensors, or what `torchreg.stationarity` returned. Names without a slash go to
                 the first page. What is None is left out.
         """
         try:
             if self._closed:
                 self._warn("closed", "it is closed, and what is logged now is lost")
-            elif not self._failed or self._sharded:  # processes that gather shards wait for each other
+            else:
                 self._log(int(step), {"loss": loss, "accuracy": accuracy, "lr": lr, **values})
         except Exception as error:
-            self._fail(error)
+            self._stop(error)
 
     def flush(self) -> None:
         """Waits until all is written. A monitor with a file of its own has nothing to wait for."""
@@ -156,90 +158,94 @@ class TensorBoardMonitor:
             if self._sink is not None:
                 self._sink.flush()
         except Exception as error:
-            self._fail(error)
+            self._stop(error)
 
     def close(self) -> None:
         """Writes what waits, a last measurement, pictures and the summary; a SummaryWriter stays open."""
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            if self._begun and (not self._failed or self._sharded):
-                self._finish(self._last_step)
-            if self._sink is not None:
-                self._sink.close()
-        except Exception as error:
-            self._fail(error)
+        self._close(finish=True)
 
     def __enter__(self) -> TensorBoardMonitor:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
+        # A process that fails alone must not wait for the others to gather their shards.
+        self._close(finish=error is None or not self._sharded)
+
+    def _close(self, finish: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if finish and self._at_work and self._last_step is not None:
+                self._finish(self._last_step)
+            if self._sink is not None:
+                self._sink.close()
+        except Exception as error:
+            self._stop(error)
 
     def _log(self, step: int, given: Mapping[str, Any]) -> None:
-        if not self._begun:
+        if self._last_step is None:
             self._begin(step)
         elif step < self._last_step:
-            self._go_back(step)
+            self._go_back(step, self._last_step)
         self._last_step = step
-        numbers: dict[str, float] = {}
-        tensors: dict[str, Tensor] = {}
+        if not self._at_work:
+            return
+        due = {}
         for tag, value in self._expanded(given):
-            if self._due(tag, step):
+            if _due(step, self._written.get(tag), self._every):
                 self._waiting.pop(tag, None)
-                self._take(tag, value, numbers, tensors)
-            else:
-                self._waiting[tag] = (step, value)
-        if self._measures and self._due_to_measure(step):
-            numbers = {**numbers, **self._measure(step, tensors)}
-        elif tensors:
-            found, _ = read(list(tensors.values()))
-            numbers.update(zip(tensors, (value for [value] in found), strict=True))
-        if numbers:
-            self._write(step, numbers)
-        if self._measures and self._due_to_draw(step):
-            self._draw(step)
+                due[tag] = value
+            else:  # a copy: running sums change in place
+                self._waiting[tag] = (step, value.clone() if isinstance(value, Tensor) else value)
+        numbers, tensors = self._taken(due)
+        if _due(step, self._measured, self._every) and (self._sharded or self._measuring.allows()):
+            with self._looking():
+                numbers |= self._measure(step, tensors)
+        self._write(step, numbers | _read(tensors))
+        if self._due_to_draw(step):
+            with self._looking():
+                self._draw(step)
+
+    @property
+    def _at_work(self) -> bool:
+        """It writes, or gathers shards with the process that does."""
+        return self._sink is not None or self._sharded
 
     # ------------------------------------------------------------------ what is given
 
     def _expanded(self, given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-        """(tag, number or tensor) of all that is given."""
+        """(tag, value) of all that is given, without graphs."""
         for name, value in given.items():
-            if isinstance(value, Tensor):
-                value = value.detach()  # what waits must not hold a graph
             if name == "lr" and value is None:
-                value = self._learning_rates()
-            if value is None:
-                continue
+                groups = [group for optimizer in self._optimizers() for group in optimizer.param_groups]
+                value = [group["lr"] for group in groups if "lr" in group]
             if isinstance(value, LastLoss):
                 yield "overview/loss_data", value._data
                 yield "overview/objective", value.total
             elif isinstance(value, Stationarity):
-                yield from self._gauge.certified(value).items()
+                yield from self._gauge.certified(value).items() if self._gauge is not None else ()
             elif name == "lr" and isinstance(value, (list, tuple)):
-                single = len(value) == 1
-                yield from ((_TAGS["lr"] if single else f"{_TAGS['lr']}.{i}", rate) for i, rate in enumerate(value))
-            else:
-                yield _TAGS.get(name) or (tags.safe(name) if "/" in name else f"overview/{tags.safe(name)}"), value
+                ends = [""] if len(value) == 1 else [f".{i}" for i in range(len(value))]
+                yield from ((_TAGS["lr"] + end, rate) for end, rate in zip(ends, value, strict=True))
+            elif value is not None:
+                tag = _TAGS.get(name) or tags.safe(name)
+                yield tag if "/" in tag else f"overview/{tag}", value.detach() if isinstance(value, Tensor) else value
 
-    def _take(self, tag: str, value: Any, numbers: dict[str, float], tensors: dict[str, Tensor]) -> None:
-        if isinstance(value, Tensor) and value.numel() == 1:
-            tensors[tag] = value.reshape(())
-            return
-        try:
-            numbers[tag] = float(value)
-        except (TypeError, ValueError, RuntimeError):
-            kind = f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            self._warn(tag, f"{tag} is a {kind} and no number, so it is left out")
-
-    def _due(self, tag: str, step: int) -> bool:
-        written = self._written.get(tag)
-        return written is None or step // self._every != written // self._every
-
-    def _learning_rates(self) -> list[float]:
-        rates = [float(group["lr"]) for optimizer in self._optimizers() for group in optimizer.param_groups]
-        return rates[:1] if len(set(rates)) == 1 else rates
+    def _taken(self, values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """The numbers among `values`, and those that are still on a device."""
+        numbers: dict[str, float] = {}
+        tensors: dict[str, Tensor] = {}
+        for tag, value in values.items():
+            try:
+                if isinstance(value, Tensor) and value.numel() == 1 and not (value.is_complex() or value.is_meta):
+                    tensors[tag] = (value.full_tensor() if hasattr(value, "full_tensor") else value).reshape(())
+                else:
+                    numbers[tag] = float(value.item() if hasattr(value, "item") else value)
+            except Exception:  # whatever an object of the user's raises
+                kind = f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                self._warn(tag, f"{tag} is a {kind} and no number, so it is left out; log a number or a 0-d tensor")
+        return numbers, tensors
 
     def _optimizers(self) -> list[Optimizer]:
         """The proximal optimizers that carry the regularizer."""
@@ -248,100 +254,103 @@ class TensorBoardMonitor:
 
     # ------------------------------------------------------------------ the weights
 
-    def _due_to_measure(self, step: int) -> bool:
-        if self._measured is not None and step // self._every == self._measured // self._every:
-            return False
-        return self._within_budget(self._measuring - _FREE_SECONDS)
-
     def _due_to_draw(self, step: int) -> bool:
-        if self._images_every == 0 or self._drawn == step:
+        if self._images_every == 0:
             return False
-        if self._drawn is None:
-            return True
-        if self._images_every is not None:
-            return step // self._images_every != self._drawn // self._images_every
+        if self._images_every is not None or self._drawn is None:
+            return _due(step, self._drawn, self._images_every or 1)
         further = step - self._first_step >= 1.25 * (self._drawn - self._first_step) + self._every
-        return further and self._within_budget(self._drawing + self._drawing_once)
+        return further and (self._sharded or self._drawing.allows())
 
-    def _within_budget(self, seconds: float) -> bool:
-        # Processes that gather shards have to agree on when to do so, and their clocks do not.
-        if self._budget is None or self._sharded:
-            return True
-        return seconds <= self._budget * (time.perf_counter() - self._started)
-
-    def _measure(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, float]:
-        """The numbers of the weights and of `tensors`, in one read of each device."""
+    def _measure(self, step: int, tensors: dict[str, Tensor]) -> dict[str, float]:
+        """The numbers of the weights and of `tensors`, which it empties, in one read of each device."""
+        if self._gauge is None:
+            return {}
         started = time.perf_counter()
         numbers, also = self._gauge.read(self._near_zero, list(tensors.values()))
-        self._measuring += time.perf_counter() - started - self._gauge.waited
+        self._measuring.spend(time.perf_counter() - started - self._gauge.waited)
         self._measured = step
         self._history.add(step, numbers)
-        return {**dict(zip(tensors, also, strict=True)), **numbers}
+        numbers.update(zip(tensors, also, strict=True))
+        tensors.clear()
+        return numbers
 
     def _draw(self, step: int) -> None:
+        if self._gauge is None:
+            return
         started = time.perf_counter()
         self._drawn = step
         values = list(pictures.pictures(self._gauge.entries(), self._gauge.tags))
-        if len(self._gauge.tags) > FEW and self._writes and importlib.util.find_spec("matplotlib"):
+        if self._sink is not None and len(self._gauge.tags) > FEW and importlib.util.find_spec("matplotlib"):
             values.append(summaries.figure("weight_masks/sparsity_of_all_layers", self._history.figure()))
         self._add(step, values)
-        self._drawing_once = time.perf_counter() - started
-        self._drawing += self._drawing_once
+        self._drawing.spend(time.perf_counter() - started)
+
+    @contextlib.contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Around what looks at the weights: where it fails, as where a module was replaced, the rest goes on."""
+        try:
+            yield
+        except Exception as error:
+            self._gauge = None
+            self._warn("measured", f"measuring the weights stops here, all else goes on: {_told(error)}")
 
     # ------------------------------------------------------------------ writing
 
     def _begin(self, step: int) -> None:
-        self._begun, self._first_step = True, step
+        self._first_step = step
+        self._gauge = Gauge(self._regularizer)
         self._sharded = any(hasattr(w, "full_tensor") for _, w in self._regularizer.named_parameters())
-        self._writes = not _is_other_rank()
-        self._measures = self._writes or self._sharded
-        if self._writes:
+        if _is_other_rank():
+            return
+        try:
             self._sink = self._open(step)
             terms = list(self._gauge.terms.values())
             values = [
                 summaries.layout(layout(list(self._gauge.tags.values()), terms, self._gauge.strengths())),
                 summaries.text("about/3_glossary", texts.glossary(self._near_zero)),
                 summaries.text("about/2_regularizer", f"```\n{self._regularizer.explain()}\n```"),
-                *summaries.hyperparameters(self._where, self._all_hyperparameters(), _METRICS),
+                *summaries.hyperparameters(self._where, self._all_hyperparameters(self._gauge.terms), _METRICS),
             ]
             self._add(step, values)
+        except Exception as error:
+            self._stop(error)
 
     def _finish(self, step: int) -> None:
         """The end of a run: its last state, so that no curve stops short."""
         for tag, (when, value) in self._waiting.items():
-            numbers: dict[str, float] = {}
-            tensors: dict[str, Tensor] = {}
-            self._take(tag, value, numbers, tensors)
-            self._write(when, {**numbers, **{tag: float(tensor) for tag, tensor in tensors.items()}})
-        if self._measures and self._measured != step:
-            self._write(step, self._measure(step, {}))
-        if self._measures and self._images_every != 0 and self._drawn != step:
-            self._draw(step)
-        if self._measures:
-            found = sparsity(self._regularizer)
-            self._add(step, [summaries.text("about/1_summary", texts.summary(found)), summaries.end()])
+            numbers, tensors = self._taken({tag: value})
+            self._write(when, numbers | _read(tensors))
+        with self._looking():
+            if self._measured != step:
+                self._write(step, self._measure(step, {}))
+            if self._drawn != step and self._images_every != 0:
+                self._draw(step)
+            if self._gauge is not None:
+                self._add(step, [summaries.text("about/1_summary", texts.summary(sparsity(self._regularizer)))])
+        self._add(step, [summaries.end()])
 
-    def _go_back(self, step: int) -> None:
+    def _go_back(self, step: int, last: int) -> None:
         """The run went back to a checkpoint: what was written from `step` on does not hold any more."""
         self._warn(
             "back",
-            f"step {step} was logged after step {self._last_step}, so what was logged from {step} on is replaced. If "
-            "the training did not go back to a checkpoint, log a step that grows through all epochs",
+            f"step {step} was logged after step {last}, so what was logged from {step} on is replaced. If the training "
+            "did not go back to a checkpoint, log a step that grows through all epochs",
         )
-        if self._sink is not None:
-            self._sink.void(step)
-        self._written.clear()
-        self._waiting.clear()
+        self._emit(summaries.restart(step))
+        self._written = {tag: when for tag, when in self._written.items() if when < step}
+        self._waiting = {tag: item for tag, item in self._waiting.items() if item[0] < step}
         self._measured = self._drawn = None
         self._first_step = min(step, self._first_step)
         self._history.cut(step)
 
     def _write(self, step: int, numbers: Mapping[str, float]) -> None:
         """One record for all numbers of a step."""
+        numbers = {tag: number for tag, number in numbers.items() if self._written.get(tag) != step}  # each once
         self._written.update(dict.fromkeys(numbers, step))
-        if self._sink is None:
-            return
         key = tuple(numbers)
+        if not key or self._sink is None:
+            return
         if key not in self._events:
             if len(self._events) == 16:
                 self._events.clear()
@@ -350,55 +359,58 @@ class TensorBoardMonitor:
         for value, number in zip(event.summary.value, numbers.values(), strict=True):
             value.simple_value = number
         event.step, event.wall_time = step, time.time()
-        self._sink.write(event)
+        self._emit(event)
 
     def _add(self, step: int, values: Sequence[Any]) -> None:
-        if self._sink is not None:
-            self._sink.write(summaries.event(step, time.time(), values))
+        self._emit(summaries.event(step, values))
 
-    def _fail(self, error: Exception) -> None:
-        """Logging is over: one warning, and the training goes on."""
-        sink, self._sink, self._failed = self._sink, None, True
+    def _emit(self, event: Any) -> None:
+        # Caught here and not further up: processes that gather shards must not miss one another.
+        try:
+            if self._sink is not None:
+                self._sink.write(event)
+        except Exception as error:
+            self._stop(error)
+
+    def _stop(self, error: Exception) -> None:
+        """Writing is over: one warning, and the training goes on."""
+        sink, self._sink = self._sink, None
         if sink is not None:
             with contextlib.suppress(Exception):
                 sink.close()
-        self._warn("failed", f"logging stops here and training goes on: {type(error).__name__}: {error}")
+        self._warn("stopped", f"logging stops here and training goes on: {_told(error)}")
 
     def _warn(self, about: str, message: str) -> None:
         if about not in self._warned:
             self._warned.add(about)
             warnings.warn(f"TensorBoardMonitor({self._where}): {message}", stacklevel=4)
 
-    def _all_hyperparameters(self) -> dict[str, Hyperparameter]:
+    def _all_hyperparameters(self, terms: Mapping[str, str]) -> dict[str, Hyperparameter]:
         found: dict[str, Hyperparameter] = {}
         if optimizers := self._optimizers():
             found["optimizer"] = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
-            found["lr"] = self._learning_rates()[0]
-        for key, tag in self._gauge.terms.items():
+            group = optimizers[0].param_groups[0]
+            if (rate := group.get("initial_lr", group.get("lr"))) is not None:
+                found["lr"] = float(rate)
+        for key, tag in terms.items():
             strengths = self._regularizer[key].strengths
             for name, strength in strengths.items():
                 found[f"lambda_{tag}" if len(strengths) == 1 else f"lambda_{tag}.{name}"] = strength
         return {**found, **self._hparams}
 
 
-def _opener(writer: str | os.PathLike[str] | SummaryWriter) -> tuple[str, Callable[[int], EventFile | BorrowedWriter]]:
-    """What the writer is called, and how it is opened at the first step."""
-    if isinstance(writer, (str, os.PathLike)) and "://" not in os.fspath(writer):
-        folder = Path(writer)
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"{folder} is a file; pass a directory for the logs of this run, such as runs/l1")
-        return str(folder), lambda step: EventFile(folder, step)
-    from torch.utils.tensorboard import SummaryWriter
+def _due(step: int, last: int | None, every: int) -> bool:
+    """A multiple of `every` has come, or been jumped over, since the last time."""
+    return last is None or step // every != last // every
 
-    if isinstance(writer, (str, os.PathLike)):  # a bucket, which TensorBoard's own writer knows how to reach
-        address = os.fspath(writer)
-        return address, lambda step: BorrowedWriter(SummaryWriter(address, purge_step=step))
-    if isinstance(writer, SummaryWriter):
-        return str(writer.log_dir), lambda step: BorrowedWriter(writer)
-    raise TypeError(
-        f"writer is a {type(writer).__module__}.{type(writer).__qualname__}; pass a log directory such as runs/l1, or "
-        "a torch.utils.tensorboard.SummaryWriter. Any other logger takes the numbers: log(torchreg.measure(reg))"
-    )
+
+def _read(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    found, _ = read(list(tensors.values()))
+    return {tag: value for tag, [value] in zip(tensors, found, strict=True)}
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _is_other_rank() -> bool:

@@ -6,9 +6,12 @@ import os
 import socket
 import struct
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torchreg.monitor import summaries
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -38,46 +41,34 @@ class EventFile:
         folder.mkdir(parents=True, exist_ok=True)
         earlier = sorted(folder.glob(PATTERN))
         # TensorBoard reads the files in the order of their names, which begin with the second they were made in.
-        second = int(time.time())
-        for path in earlier:
-            stamp = path.name.split(".")[3]
-            second = max(second, int(stamp) + 1) if stamp.isdigit() else second
-        self.path = folder / f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}.torchreg"
-        self._file = open(self.path, "xb", buffering=0)  # noqa: SIM115  closed by close()
+        stamps = [path.name.split(".")[3] for path in earlier]
+        second = max([int(time.time()), *(int(stamp) + 1 for stamp in stamps if stamp.isdigit())])
+        self._path = folder / f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}.torchreg"
+        self._file = open(self._path, "xb", buffering=0)  # noqa: SIM115  closed by close(), or when all is over
+        self.close = weakref.finalize(self, self._file.close)
         self.write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if earlier:
-            self.void(step)
-
-    def void(self, step: int) -> None:
-        """Declares void what was written for `step` and later ones."""
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-        self.write(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
+            self.write(summaries.restart(step))
 
     def write(self, event: Any) -> None:
         """Appends an `Event`; its wall time and step are the caller's."""
+        if not self._path.exists():
+            raise FileNotFoundError(f"{self._path} was removed")
         data = event.SerializeToString()
         length = struct.pack("<Q", len(data))
         record = b"".join((length, self._checksum(length), data, self._checksum(data)))
         if self._file.write(record) != len(record):
-            raise OSError(f"{self.path} takes no more: the disk is full")
+            raise OSError(f"{self._path} takes no more: the disk is full")
 
     def flush(self) -> None:
         """Nothing waits to be written."""
 
-    def close(self) -> None:
-        """Closes the file; more than once does no harm."""
-        self._file.close()
-
 
 class BorrowedWriter:
-    """The same face for a SummaryWriter that is the user's: it stays open, and what is void is the user's affair."""
+    """The same face for a SummaryWriter that is the user's, and stays open."""
 
     def __init__(self, writer: SummaryWriter) -> None:
         self._writer = writer
-
-    def void(self, step: int) -> None:
-        """Nothing: a SummaryWriter has its `purge_step`."""
 
     def write(self, event: Any) -> None:
         """Hands over an `Event`."""
@@ -93,6 +84,34 @@ class BorrowedWriter:
     def close(self) -> None:
         """Only flushes."""
         self.flush()
+
+
+Sink = EventFile | BorrowedWriter
+
+
+def opener(writer: str | os.PathLike[str] | SummaryWriter) -> tuple[str, Callable[[int], Sink]]:
+    """What the writer is called, and how it is opened for a first step.
+
+    Raises:
+        TypeError: it is neither a path nor a SummaryWriter.
+        NotADirectoryError: the path is that of a file.
+    """
+    if isinstance(writer, (str, os.PathLike)) and "://" not in os.fspath(writer):
+        folder = Path(writer)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file; pass a directory for the logs of this run, such as runs/l1")
+        return str(folder), lambda step: EventFile(folder, step)
+    from torch.utils.tensorboard import SummaryWriter
+
+    if isinstance(writer, (str, os.PathLike)):  # a bucket, which TensorBoard's own writer knows how to reach
+        address = os.fspath(writer)
+        return address, lambda step: BorrowedWriter(SummaryWriter(address, purge_step=step))
+    if isinstance(writer, SummaryWriter):
+        return str(writer.log_dir), lambda step: BorrowedWriter(writer)
+    raise TypeError(
+        f"writer is a {type(writer).__module__}.{type(writer).__qualname__}; pass a log directory such as runs/l1, or "
+        "a torch.utils.tensorboard.SummaryWriter. Any other logger takes the numbers: log(torchreg.measure(reg))"
+    )
 
 
 def _masked_checksum() -> Callable[[bytes], bytes]:

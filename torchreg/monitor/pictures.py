@@ -22,7 +22,7 @@ _DEAD = torch.tensor(211, dtype=torch.uint8)  # light grey
 class History:
     """The sparsity of every layer over time, thinned out so that it takes no more room however long a run is."""
 
-    MOST = 512
+    MOST = 256
 
     def __init__(self) -> None:
         self._points: list[tuple[int, dict[str, float]]] = []
@@ -85,9 +85,12 @@ def filter_pixels(w: Tensor, most: int = 64) -> Tensor:
 
     Filters of three inputs are in colour. Of more inputs each has a tile, in one row a filter.
     """
-    w = (w.abs() if w.is_complex() else w).float()
-    scale = w[w.isfinite()].abs().amax() if bool(w.isfinite().any()) else w.new_ones(())
-    tiles = (0.5 + w / (2 * scale.clamp(min=torch.finfo(w.dtype).tiny))).nan_to_num(0.5, 0.5, 0.5).clamp(0, 1)
+    w = (w.abs() if w.is_complex() else w).float().cpu()
+    finite = w[w.isfinite()].abs()
+    scale = finite.amax().clamp(min=torch.finfo(w.dtype).tiny) if len(finite) else w.new_ones(())
+    # Whole steps away from the grey of 0: however small a weight is, it does not look like none.
+    tiles = 128 + w.sign() * (127 * w.abs() / scale).ceil().clamp(1, 127)
+    tiles = tiles.nan_to_num(255).to(torch.uint8)
     if w.shape[1] == 3:
         columns, tiles = 8, tiles[:most].permute(0, 2, 3, 1)
     else:
@@ -96,10 +99,9 @@ def filter_pixels(w: Tensor, most: int = 64) -> Tensor:
         tiles = tiles[: most // inputs, :inputs].flatten(0, 1)[..., None].expand(-1, -1, -1, 3)
     rows = -(-len(tiles) // columns)
     height, width = tiles.shape[1:3]
-    page = tiles.new_ones(rows * columns, height + 1, width + 1, 3)
+    page = tiles.new_full((rows * columns, height + 1, width + 1, 3), 255)
     page[: len(tiles), :height, :width] = tiles
-    page = page.reshape(rows, columns, height + 1, width + 1, 3).transpose(1, 2).reshape(rows * (height + 1), -1, 3)
-    return (page * 255).round().to(torch.uint8)
+    return page.reshape(rows, columns, height + 1, width + 1, 3).transpose(1, 2).reshape(rows * (height + 1), -1, 3)
 
 
 def _viridis(shares: Tensor) -> Tensor:

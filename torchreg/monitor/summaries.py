@@ -16,19 +16,26 @@ SAMPLE = 100_000  # a histogram of more entries is one of so many spread ones, s
 Hyperparameter = bool | int | float | str
 
 
-def event(step: int, seconds: float, values: Sequence[Any]) -> Any:
-    """An `Event` of several values, at `seconds` since the epoch."""
+def event(step: int, values: Sequence[Any]) -> Any:
+    """An `Event` of several values, now."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    return Event(step=step, wall_time=seconds, summary=Summary(value=values))
+    return Event(step=step, wall_time=time.time(), summary=Summary(value=values))
+
+
+def restart(step: int) -> Any:
+    """An `Event` that declares void what was written for `step` and later ones."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    return Event(step=step, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
 
 
 def scalars(tags: Sequence[str]) -> Any:
     """An `Event` of so many scalars, to be filled in again and again."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    return event(0, 0.0, [Summary.Value(tag=tag, simple_value=0.0) for tag in tags])
+    return event(0, [Summary.Value(tag=tag, simple_value=0.0) for tag in tags])
 
 
 def image(tag: str, pixels: Tensor, side: int = 224) -> Any:
@@ -70,25 +77,24 @@ def histogram(tag: str, w: Tensor) -> Any | None:
     from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 
     flat = (w.abs() if w.is_complex() else w).reshape(-1)
-    flat = flat[:: -(-flat.numel() // SAMPLE) or 1].float()
-    sample = flat[flat.isfinite() & (flat != 0)].cpu()
-    if not sample.numel():
+    alive = flat[flat.isfinite() & (flat != 0)]
+    sample = alive[:: -(-len(alive) // SAMPLE) or 1].cpu().double()
+    if not len(sample):
         return None
     low, high = sample.min().item(), sample.max().item()
     if low == high:
         low, high = low - abs(low) / 2, high + abs(high) / 2
-    scale = w.numel() / flat.numel()
+    scale = len(alive) / len(sample)
     counts = torch.histc(sample, BINS, low, high) * scale
     edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
-    double = sample.double()
     return Summary.Value(
         tag=tag,
         histo=HistogramProto(
             min=low,
             max=high,
-            num=sample.numel() * scale,
-            sum=double.sum().item() * scale,
-            sum_squares=double.square().sum().item() * scale,
+            num=len(alive),
+            sum=sample.sum().item() * scale,
+            sum_squares=sample.square().sum().item() * scale,
             # The first bucket is empty: a bucket says where it ends, and the one before where it begins.
             bucket_limit=edges.tolist(),
             bucket=[0.0, *counts.tolist()],
