@@ -338,7 +338,8 @@ class TensorBoardMonitor:
             "did not go back to a checkpoint, log a step that grows through all epochs",
         )
         self._emit(summaries.restart(step))
-        self._written = {tag: when for tag, when in self._written.items() if when < step}
+        # All is due at once: a reader that knows no restarts drops what is not before the next point of a tag.
+        self._written.clear()
         self._waiting = {tag: item for tag, item in self._waiting.items() if item[0] < step}
         self._measured = self._drawn = None
         self._first_step = min(step, self._first_step)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 FEW = 6  # layers that one can tell apart as lines; above, a band from the least to the most sparse one
 LINES = 4  # lines in a chart
-MOST = 8  # of a network with more than 24 weights, so many are shown one by one
+MOST = 8  # of many terms, and of more than 24 weights, so many are shown one by one
 
 T = TypeVar("T")
 
@@ -60,12 +60,11 @@ def layout(parameters: Sequence[str], terms: Sequence[str], strengths: Sequence[
     trade_off = [
         lines("sparsity and accuracy", ["overview/sparsity", "overview/accuracy"]),
         lines("loss and penalty", ["overview/loss", "overview/loss_data", "overview/objective", "overview/penalty"]),
+        lines("penalty by term", [f"penalty/{term}" for term in some(terms)]),
+        lines("λ by term", some(strengths)),
         spread,
         lines("weights that became zero or nonzero", ["support_churn/total"]),
     ]
-    if terms:
-        trade_off.insert(2, lines("penalty by term", [f"penalty/{term}" for term in terms]))
-        trade_off.insert(3, lines("λ by term", strengths))
     zeros = by_layer("zeros", "sparsity")
     dead = [*by_layer("dead inputs", "sparsity_inputs"), *by_layer("dead neurons", "sparsity_neurons")]
     sparsity = [*zeros, *dead] if len(parameters) <= FEW else [spread, *zeros]

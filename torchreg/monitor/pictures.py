@@ -73,8 +73,7 @@ def input_pixels(strengths: Tensor) -> Tensor:
     square = side >= 8 and side * side == count
     if not square and count > 512:  # of each stretch the strongest
         strengths = nn.functional.adaptive_max_pool1d(strengths[None], 512)[0]
-    rows = strengths.reshape(side, side) if square else strengths[None].expand(max(1, len(strengths) // 8), -1)
-    rows = rows.cpu()
+    rows = (strengths.reshape(side, side) if square else strengths[None]).cpu()
     finite = rows.isfinite()
     top = rows[finite].amax() if bool(finite.any()) else rows.new_ones(())
     return _viridis(rows / top.where(top > 0, 1)).where((rows != 0)[..., None], _DEAD)
@@ -91,12 +90,12 @@ def filter_pixels(w: Tensor, most: int = 64) -> Tensor:
     # Whole steps away from the grey of 0: however small a weight is, it does not look like none.
     tiles = 128 + w.sign() * (127 * w.abs() / scale).ceil().clamp(1, 127)
     tiles = tiles.nan_to_num(255).to(torch.uint8)
-    if w.shape[1] == 3:
-        columns, tiles = 8, tiles[:most].permute(0, 2, 3, 1)
+    inputs = min(8, w.shape[1])
+    if inputs == 3:
+        tiles = tiles[:most].permute(0, 2, 3, 1)
     else:
-        inputs = min(8, w.shape[1])
-        columns = inputs if inputs > 1 else 8
         tiles = tiles[: most // inputs, :inputs].flatten(0, 1)[..., None].expand(-1, -1, -1, 3)
+    columns = math.isqrt(len(tiles) - 1) + 1 if inputs in (1, 3) else inputs
     rows = -(-len(tiles) // columns)
     height, width = tiles.shape[1:3]
     page = tiles.new_full((rows * columns, height + 1, width + 1, 3), 255)

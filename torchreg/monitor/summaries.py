@@ -39,16 +39,21 @@ def scalars(tags: Sequence[str]) -> Any:
 
 
 def image(tag: str, pixels: Tensor, side: int = 224) -> Any:
-    """An image from (height, width) in [0, 1], black is 0, or (height, width, 3) bytes; enlarged to about `side`."""
+    """An image from (height, width) in [0, 1], black is 0, or (height, width, 3) bytes.
+
+    It is enlarged to about `side`, and where it is thinner than 1 : 3 to about that.
+    """
     from PIL import Image
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     grey = pixels.dim() == 2
     pixels = pixels.cpu()
     pixels = (pixels * 255).round().to(torch.uint8) if grey else pixels
-    times = max(1, side // max(pixels.shape[:2]))
+    longest = max(pixels.shape[:2])
+    times = max(1, side // longest)
     # Nearest neighbours: TensorBoard draws small images large, and each browser in its own way.
-    pixels = pixels.repeat_interleave(times, 0).repeat_interleave(times, 1)
+    for axis, length in enumerate(pixels.shape[:2]):
+        pixels = pixels.repeat_interleave(max(times, longest * times // (3 * length)), axis)
     png = io.BytesIO()
     Image.fromarray(pixels.numpy()).save(png, format="PNG")
     height, width = pixels.shape[:2]
