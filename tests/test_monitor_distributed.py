@@ -1,0 +1,114 @@
+"""TensorBoardMonitor in two processes: one of them writes, and sharded weights are counted as wholes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import torchreg as tr
+from tests.models import mlp
+from tests.test_monitor import pictures, scalars, texts
+
+pytestmark = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()) or sys.platform == "win32",
+    reason="two processes on gloo",
+)
+
+RUNS = ["replicas", "shards", "full", "raised"]
+
+
+def model() -> nn.Module:
+    """Some zeros, a dead input, and rows that do not divide by two."""
+    net = mlp()
+    with torch.no_grad():
+        net.fc1.weight[:, 2] = 0
+        net.fc1.weight[0] = 0
+        net.fc2.weight[1, 1:] = 0
+    return net
+
+
+def log(reg: tr.Regularizer, folder: Path, steps: int = 4, full: bool = False, raises: bool = False) -> None:
+    with contextlib.suppress(KeyError), tr.TensorBoardMonitor(folder, reg, every=2, images_every=2) as monitor:
+        for step in range(steps):
+            monitor.log(step, loss=torch.tensor(float(step)))
+            if full and step == 1:
+                import resource
+
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            if raises:
+                raise KeyError
+
+
+def work(rank: int, folder: Path) -> None:
+    """What each process does. One that waits for the other in vain is an error after a minute."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    caught: dict[str, list[str]] = {}
+    sharded = model()
+    for layer in (sharded.fc1, sharded.fc2, sharded):
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    regs = {"replicas": tr.Regularizer(nn.parallel.DistributedDataParallel(model()), tr.L1(1e-2))}
+    regs["shards"] = regs["raised"] = regs["full"] = tr.Regularizer(sharded, tr.L1(1e-2))
+    options: dict[str, dict[str, Any]] = {"full": {"full": rank == 0}, "raised": {"raises": rank == 1}}
+    for run in ("replicas", "shards", "full"):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always", UserWarning)
+            log(regs[run], folder / run, **options.get(run, {}))
+        caught[run] = [str(w.message) for w in found if "TensorBoardMonitor" in str(w.message)]
+    torch.distributed.barrier()
+    if rank == 1:  # alone: rank 0 is not there to gather with
+        log(regs["raised"], folder / "raised", steps=0, raises=True)
+    (folder / f"caught.{rank}.json").write_text(json.dumps(caught))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distributed")
+    torch.multiprocessing.spawn(work, (folder,), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("run", ["replicas", "shards"])
+def test_one_process_writes_one_run(folder, run):
+    assert len(list((folder / run).iterdir())) == 1
+    found = scalars(folder / run)
+    assert found["overview/loss"] == {0: 0, 2: 2, 3: 3}
+    assert list(found["overview/sparsity"]) == [0, 2, 3]
+
+
+@pytest.mark.parametrize("run", ["replicas", "shards"])
+def test_shards_are_counted_as_wholes(folder, run):
+    expected = tr.measure(tr.Regularizer(model(), tr.L1(1e-2)))
+    found = scalars(folder / run)
+    assert expected.keys() <= found.keys()
+    for tag, value in expected.items():
+        assert found[tag][0] == pytest.approx(value), tag
+
+
+def test_shards_are_drawn_as_wholes(folder):
+    shards, replicas = pictures(folder / "shards"), pictures(folder / "replicas")
+    assert shards.keys() == replicas.keys()
+    assert all((shards[tag] == replicas[tag]).all() for tag in shards)
+    assert texts(folder / "shards")["about/1_summary"] == texts(folder / "replicas")["about/1_summary"]
+
+
+def test_a_full_disk_of_one_process_leaves_none_waiting(folder):
+    caught = [json.loads((folder / f"caught.{rank}.json").read_text()) for rank in (0, 1)]
+    assert [len(found["full"]) for found in caught] == [1, 0]
+    assert [len(found[run]) for found in caught for run in ("replicas", "shards")] == [0, 0, 0, 0]
+    assert list(scalars(folder / "full")["overview/loss"]) == [0]
