@@ -23,9 +23,6 @@ pytestmark = pytest.mark.skipif(
     reason="two processes on gloo",
 )
 
-RUNS = ["replicas", "shards", "full", "raised"]
-
-
 def model() -> nn.Module:
     """Some zeros, a dead input, and rows that do not divide by two."""
     net = mlp()
@@ -36,16 +33,14 @@ def model() -> nn.Module:
     return net
 
 
-def log(reg: tr.Regularizer, folder: Path, steps: int = 4, full: bool = False, raises: bool = False) -> None:
-    with contextlib.suppress(KeyError), tr.TensorBoardMonitor(folder, reg, every=2, images_every=2) as monitor:
-        for step in range(steps):
+def log(reg: tr.Regularizer, folder: Path, full: bool = False) -> None:
+    with tr.TensorBoardMonitor(folder, reg, every=2, images_every=2) as monitor:
+        for step in range(4):
             monitor.log(step, loss=torch.tensor(float(step)))
             if full and step == 1:
                 import resource
 
                 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-            if raises:
-                raise KeyError
 
 
 def work(rank: int, folder: Path) -> None:
@@ -62,17 +57,20 @@ def work(rank: int, folder: Path) -> None:
     for layer in (sharded.fc1, sharded.fc2, sharded):
         fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
     regs = {"replicas": tr.Regularizer(nn.parallel.DistributedDataParallel(model()), tr.L1(1e-2))}
-    regs["shards"] = regs["raised"] = regs["full"] = tr.Regularizer(sharded, tr.L1(1e-2))
-    options: dict[str, dict[str, Any]] = {"full": {"full": rank == 0}, "raised": {"raises": rank == 1}}
-    for run in ("replicas", "shards", "full"):
+    regs["shards"] = regs["full"] = tr.Regularizer(sharded, tr.L1(1e-2))
+    for run, reg in regs.items():
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always", UserWarning)
-            log(regs[run], folder / run, **options.get(run, {}))
+            log(reg, folder / run, full=run == "full" and rank == 0)
         caught[run] = [str(w.message) for w in found if "TensorBoardMonitor" in str(w.message)]
-    torch.distributed.barrier()
-    if rank == 1:  # alone: rank 0 is not there to gather with
-        log(regs["raised"], folder / "raised", steps=0, raises=True)
     (folder / f"caught.{rank}.json").write_text(json.dumps(caught))
+    monitor = tr.TensorBoardMonitor(folder / "raised", regs["shards"])
+    monitor.log(0)
+    if rank == 1:
+        with contextlib.suppress(KeyError), monitor:
+            raise KeyError  # and rank 0 does not come to gather with it
+        (folder / "went on").touch()
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
@@ -112,3 +110,7 @@ def test_a_full_disk_of_one_process_leaves_none_waiting(folder):
     assert [len(found["full"]) for found in caught] == [1, 0]
     assert [len(found[run]) for found in caught for run in ("replicas", "shards")] == [0, 0, 0, 0]
     assert list(scalars(folder / "full")["overview/loss"]) == [0]
+
+
+def test_a_process_that_raises_does_not_wait_for_the_others(folder):
+    assert (folder / "went on").exists()

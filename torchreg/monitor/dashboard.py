@@ -310,7 +310,7 @@ class TensorBoardMonitor:
                 summaries.layout(layout(list(self._gauge.tags.values()), terms, self._gauge.strengths())),
                 summaries.text("about/3_glossary", texts.glossary(self._near_zero)),
                 summaries.text("about/2_regularizer", f"```\n{self._regularizer.explain()}\n```"),
-                *summaries.hyperparameters(self._where, self._all_hyperparameters(self._gauge.terms), _METRICS),
+                *summaries.hyperparameters(self._where, self._all_hyperparameters(), _METRICS),
             ]
             self._add(step, values)
         except Exception as error:
@@ -386,17 +386,16 @@ class TensorBoardMonitor:
             self._warned.add(about)
             warnings.warn(f"TensorBoardMonitor({self._where}): {message}", stacklevel=4)
 
-    def _all_hyperparameters(self, terms: Mapping[str, str]) -> dict[str, Hyperparameter]:
+    def _all_hyperparameters(self) -> dict[str, Hyperparameter]:
         found: dict[str, Hyperparameter] = {}
         if optimizers := self._optimizers():
             found["optimizer"] = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
             group = optimizers[0].param_groups[0]
             if (rate := group.get("initial_lr", group.get("lr"))) is not None:
                 found["lr"] = float(rate)
-        for key, tag in terms.items():
-            strengths = self._regularizer[key].strengths
-            for name, strength in strengths.items():
-                found[f"lambda_{tag}" if len(strengths) == 1 else f"lambda_{tag}.{name}"] = strength
+        for key, term in self._regularizer.terms.items():
+            for name, strength in term.strengths.items():
+                found[f"λ {key}" if len(term.strengths) == 1 else f"λ {key} {name}"] = strength
         return {**found, **self._hparams}
 
 

@@ -69,7 +69,7 @@ def figure(tag: str, drawn: Any) -> Any:
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     png = io.BytesIO()
-    drawn.savefig(png, format="png", dpi=100)
+    drawn.savefig(png, format="png", dpi=min(100, 600 / max(drawn.get_size_inches())))
     width, height = Image.open(io.BytesIO(png.getvalue())).size
     return Summary.Value(
         tag=tag,
