@@ -518,6 +518,18 @@ def test_going_back_in_one_process_replaces_what_was_logged_from_there_on(tmp_pa
     assert [image.step for image in read.Images("weight_masks/fc1.weight")] == [0, 2, 3, 4, 6, 8, 10, 11]
 
 
+def test_going_back_by_fewer_steps_than_every_replaces_too(tmp_path, warned):
+    with tr.TensorBoardMonitor(tmp_path, l1(mlp()), every=4, budget=None) as monitor:
+        for start, value in ((0, 1.0), (8, 2.0)):
+            for step in range(start, 11):
+                monitor.log(step, loss=value)
+    assert len(warned()) == 1
+    for read in (scalars, served):
+        found = read(tmp_path)
+        assert found["overview/loss"] == {0: 1, 4: 1, 8: 2, 10: 2}
+        assert list(found["overview/sparsity"]) == [0, 4, 8, 10]
+
+
 def test_two_runs_in_one_second_are_read_in_their_order(tmp_path, monkeypatch):
     monkeypatch.setattr(event_file.time, "time", lambda: 1.7e9)
     fresh(tmp_path, 0, 6, 1.0)

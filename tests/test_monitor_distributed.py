@@ -8,7 +8,6 @@ import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()) or sys.platform == "win32",
     reason="two processes on gloo",
 )
+
 
 def model() -> nn.Module:
     """Some zeros, a dead input, and rows that do not divide by two."""

@@ -88,7 +88,7 @@ def filter_pixels(w: Tensor, most: int = 64) -> Tensor:
     finite = w[w.isfinite()].abs()
     scale = finite.amax().clamp(min=torch.finfo(w.dtype).tiny) if len(finite) else w.new_ones(())
     # Whole steps away from the grey of 0: however small a weight is, it does not look like none.
-    tiles = 128 + w.sign() * (127 * w.abs() / scale).ceil().clamp(1, 127)
+    tiles = 128 + w.sign() * (127 * w.abs() / scale).ceil().clamp(max=127)
     tiles = tiles.nan_to_num(255).to(torch.uint8)
     inputs = min(8, w.shape[1])
     if inputs == 3:
