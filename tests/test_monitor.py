@@ -304,7 +304,7 @@ def test_what_came_last_is_written_at_the_end_as_it_was(tmp_path):
     assert list(found["overview/sparsity"]) == [0, 7]
 
 
-def test_what_is_logged_in_several_calls_at_a_step_stands_thereonce(tmp_path):
+def test_what_is_logged_in_several_calls_at_a_step_stands_there_once(tmp_path):
     with tr.TensorBoardMonitor(tmp_path, l1(mlp()), budget=None) as monitor:
         for step in range(3):
             monitor.log(step, loss=step)
