@@ -1055,7 +1055,7 @@ def test_without_the_optional_packages_all_else_works(tmp_path, monkeypatch, pac
 def growth(folder: Path, logs: int) -> int:
     """Bytes that the second half of so many logs leaves behind."""
     model = mlp()
-    with tr.TensorBoardMonitor(folder, l1(model), budget=0.05) as monitor:
+    with tr.TensorBoardMonitor(folder, l1(model)) as monitor:
         for step in range(logs // 2):
             monitor.log(step, loss=step, accuracy=torch.tensor(0.5))
         tracemalloc.start()
