@@ -19,6 +19,7 @@ import torchreg as tr
 from tests.cases import CASES
 from tests.models import MLP, Bare, Counted, Reads, array, batch, mlp, same, snapshot
 from tests.test_zeros import dense, every_layer, prune
+from torchreg.monitor import reading
 from torchreg.optim.step_sizes import STOCK
 
 
@@ -325,7 +326,8 @@ def test_a_training_that_is_measured_is_bit_for_bit_the_one_that_is_not(kind: ty
     assert ends[0][1:] == ends[1][1:]
 
 
-def test_a_deep_network_is_read_as_often_as_a_shallow_one():
+def test_a_deep_network_is_read_as_often_as_a_shallow_one(monkeypatch):
+    monkeypatch.setattr(reading, "_waits", lambda device: True)  # as a CPU does not
     counts = []
     for depth in (2, 30):
         reg = tr.Regularizer(nn.Sequential(*(nn.Linear(3, 3) for _ in range(depth))), tr.L1(0.1))
@@ -333,7 +335,19 @@ def test_a_deep_network_is_read_as_often_as_a_shallow_one():
         with Reads() as reads:
             tr.measure(reg)
         counts.append(reads.count)
-    assert counts[0] == counts[1] <= 2  # whole numbers and the others, of one tensor that was fetched at once
+    assert counts == [3, 3]  # one transfer; the tensor that came is then listed as whole numbers and as others
+
+
+def test_what_is_fetched_at_once_is_what_each_tensor_holds(monkeypatch):
+    tensors = [torch.tensor([2**53 + 1, -1]), torch.tensor(0.1), torch.tensor([math.nan, 1e-40]), torch.tensor(7)]
+    for more in ([], [torch.tensor([0.1, 1e300], dtype=torch.float64)], [torch.tensor(2.5, dtype=torch.bfloat16)]):
+        every = [*tensors, *more, torch.zeros(0), torch.zeros(0, dtype=torch.long)]
+        plain, _ = reading.read(every)
+        monkeypatch.setattr(reading, "_waits", lambda device: True)
+        fetched, _ = reading.read(every)
+        monkeypatch.undo()
+        assert str(fetched) == str(plain)
+        assert plain[0] == [2**53 + 1, -1]
 
 
 # ---------------------------------------------------------------------- stationarity, errors

@@ -22,8 +22,9 @@ from torchreg.monitor import pictures, summaries, tags, texts
 from torchreg.monitor.budget import Budget
 from torchreg.monitor.event_file import Sink, opener
 from torchreg.monitor.layout import FEW, layout
-from torchreg.monitor.measurement import NEAR_ZERO, Gauge, read
+from torchreg.monitor.measurement import NEAR_ZERO, Gauge
 from torchreg.monitor.pictures import History
+from torchreg.monitor.reading import read
 from torchreg.monitor.summaries import Hyperparameter
 from torchreg.optim.attachment import Attachment
 from torchreg.regularizer import Regularizer

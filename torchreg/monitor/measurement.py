@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torchreg.checks import Step
 from torchreg.groups import Columns, Rows
 from torchreg.kernels import Summary, summarize
 from torchreg.monitor import tags
+from torchreg.monitor.reading import read
 from torchreg.optim.attachment import Attachment
 from torchreg.penalties import Penalty
 from torchreg.penalties.group_lasso import GroupPenalty
@@ -218,32 +218,31 @@ class _Weight:
     value: float = 0.0  # of the penalty, once it is read
 
     def tensors(self, summary: Summary) -> list[Tensor]:
-        """What is to be read: 1-d tensors, on the weight's device."""
-        dead, self.inputs, self.neurons = _dead(self.entry, self.w, summary)
-        reals = _quantiles(_squared_norms(self.penalty, self.w, summary))
+        """What is to be read, on the weight's device."""
+        living, self.inputs, self.neurons = _living(self.entry, self.w, summary)
+        found = [summary.counts, summary.sums, _quantiles(_squared_norms(self.penalty, self.w, summary)), *living]
         if isinstance(self.step, Tensor):
-            reals.append(self.step.median())
+            found.append(self.step.median())
         if self.penalty is not None and self._by_sums() is None:
-            reals.append(self.penalty(self.entry.parameter.detach()))
-        return [summary.counts, dead, summary.sums, torch.stack([x.to(reals[0].dtype) for x in reals])]
+            found.append(self.penalty(self.entry.parameter.detach()))
+        return found
 
     def numbers(self, found: Sequence[Sequence[float]]) -> list[float]:
         """In the order of `_BY_WEIGHT`."""
-        counts, (dead_inputs, dead_neurons), (absolute, squares, _), reals = found
+        counts, (absolute, squares, _), quantiles, (inputs,), (neurons,), *rest = found
         self.zeros, self.near, _, changed = counts
         self.changed = changed if self.seen else 0
-        quantiles, rest = reals[: len(_QUANTILES)], list(reals[len(_QUANTILES) :])
-        step = rest.pop(0) if isinstance(self.step, Tensor) else self.step
+        step = rest.pop(0)[0] if isinstance(self.step, Tensor) else self.step
         if self.penalty is not None:
             by_sums = self._by_sums(absolute, squares)
-            self.value = rest.pop() if by_sums is None else by_sums
+            self.value = rest.pop()[0] if by_sums is None else by_sums
         size = self.w.numel() or 1
         return [
             self.zeros / size,
             self.near / size,
             self.changed / size,
-            dead_inputs / (self.inputs or 1),
-            dead_neurons / (self.neurons or 1),
+            (self.inputs - inputs) / (self.inputs or 1),
+            (self.neurons - neurons) / (self.neurons or 1),
             absolute,
             math.sqrt(squares),
             *map(math.sqrt, quantiles),
@@ -256,46 +255,15 @@ class _Weight:
         return None if soft is None or soft.anchor is not None else soft.l1 * absolute + soft.l2 * squares
 
 
-def read(tensors: Sequence[Tensor]) -> tuple[list[list[float]], float]:
-    """The entries of each tensor, with one synchronization a device, and the seconds that took.
-
-    Whole numbers come back whole. A CPU has nothing to wait for.
-    """
-    waited = 0.0
-    found: list[list[float]] = [[] for _ in tensors]
-    by_device: dict[torch.device, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        by_device.setdefault(tensor.device, []).append(i)
-    for device, indices in by_device.items():
-        whole = [i for i in indices if tensors[i].dtype == torch.int64]
-        real = [i for i in indices if tensors[i].dtype != torch.int64]
-        double = any(tensors[i].dtype == torch.float64 for i in real)
-        dtype = torch.float64 if double else torch.float32
-        parts = [
-            torch.cat([tensors[i].detach().reshape(-1).to(to) for i in chosen]).view(torch.int32)
-            for chosen, to in ((whole, torch.int64), (real, dtype))
-            if chosen
-        ]
-        packed, before = torch.cat(parts), time.perf_counter()
-        if device.type != "cpu":
-            packed = packed.cpu()
-            waited += time.perf_counter() - before
-        end = 2 * sum(tensors[i].numel() for i in whole)
-        numbers = iter([*packed[:end].view(torch.int64).tolist(), *packed[end:].view(dtype).tolist()])
-        for i in (*whole, *real):
-            found[i] = list(itertools.islice(numbers, tensors[i].numel()))
-    return found, waited
-
-
-def _dead(entry: Selected, w: Tensor, summary: Summary) -> tuple[Tensor, int, int]:
-    """[dead inputs, dead neurons], and how many of both there are, as `sparsity` counts them."""
+def _living(entry: Selected, w: Tensor, summary: Summary) -> tuple[list[Tensor], int, int]:
+    """How many inputs and neurons have a weight that is not 0, and how many there are, as `sparsity` counts them."""
     if w.dim() > 1 and units.in_plain_order(entry.owner):
-        inputs, neurons = summary.column_nonzeros != 0, summary.row_nonzeros != 0
+        inputs, neurons = summary.column_nonzeros, summary.row_nonzeros
     else:
         reads = units.connections(w != 0, entry.owner)
         neurons = reads.any(2)
         inputs = reads.any(1) if w.dim() > 1 else neurons[:, :0]  # a vector has neurons alone
-    return torch.stack([(~inputs).sum(), (~neurons).sum()]), inputs.numel(), neurons.numel()
+    return [torch.count_nonzero(inputs), torch.count_nonzero(neurons)], inputs.numel(), neurons.numel()
 
 
 def _squared_norms(penalty: Penalty | None, w: Tensor, summary: Summary) -> Tensor:
@@ -309,12 +277,12 @@ def _squared_norms(penalty: Penalty | None, w: Tensor, summary: Summary) -> Tens
     return groups.norms(checks.widened(w)).flatten().square()
 
 
-def _quantiles(norms: Tensor) -> list[Tensor]:
+def _quantiles(norms: Tensor) -> Tensor:
     """By nearest rank; zeros of nothing."""
     if not len(norms):
-        return [norms.new_zeros(())] * len(_QUANTILES)
+        return norms.new_zeros(len(_QUANTILES))
     ordered = norms.sort().values
-    return [ordered[math.ceil(q * len(norms)) - 1] for q in _QUANTILES]
+    return torch.stack([ordered[math.ceil(q * len(norms)) - 1] for q in _QUANTILES])
 
 
 def _overview(weights: Sequence[_Weight], rows: Sequence[Sequence[float]]) -> dict[str, float]:
