@@ -36,7 +36,10 @@ class LastLoss:
     @property
     def total(self) -> Tensor:
         """Their sum, still on its device."""
-        return self._data + sum(value.to(self._data) for value in self._by_term.values())
+        total = self._data
+        for value in self._by_term.values():
+            total = total + value.to(total.device)
+        return total
 
     @property
     def by_term(self) -> dict[str, float]:
