@@ -104,7 +104,8 @@ for name, penalty in runs.items():
     else:
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
 
-    hparams = {"optimizer": type(optimizer).__name__, "lr": args.lr}
+    # TensorBoard takes the columns of its table from one of the runs, so each names λ₂ too.
+    hparams = {"optimizer": type(optimizer).__name__, "lr": args.lr, "lambda_l2": getattr(penalty, "l2", 0.0)}
     monitor = tr.TensorBoardMonitor(args.out / name.replace(" ", "_"), reg, every=10, hparams=hparams)
     accuracy, step, epoch, seconds = {}, 0, 0, 0.0
     for phase, epochs in (("train", args.epochs), ("refit", args.refit_epochs)):

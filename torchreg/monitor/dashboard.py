@@ -306,9 +306,8 @@ class TensorBoardMonitor:
             return
         try:
             self._sink = self._open(step)
-            terms = list(self._gauge.terms.values())
             values = [
-                summaries.layout(layout(list(self._gauge.tags.values()), terms, self._gauge.strengths())),
+                summaries.layout(layout(list(self._gauge.tags.values()))),
                 summaries.text("about/3_glossary", texts.glossary(self._near_zero)),
                 summaries.text("about/2_regularizer", f"```\n{self._regularizer.explain()}\n```"),
                 *summaries.hyperparameters(self._where, self._all_hyperparameters(), _METRICS),
@@ -394,9 +393,13 @@ class TensorBoardMonitor:
             group = optimizers[0].param_groups[0]
             if (rate := group.get("initial_lr", group.get("lr"))) is not None:
                 found["lr"] = float(rate)
-        for key, term in self._regularizer.terms.items():
+        terms = self._regularizer.terms
+        for key, term in terms.items():
             for name, strength in term.strengths.items():
-                found[f"λ {key}" if len(term.strengths) == 1 else f"λ {key} {name}"] = strength
+                label = key if len(term.strengths) == 1 else f"{key}.{name}"
+                if len(terms) == 1 and len(term.strengths) > 1:
+                    label = name  # the λ₁ of an elastic net stands in one column with the λ of L1
+                found[f"lambda_{label}"] = strength
         return {**found, **self._hparams}
 
 

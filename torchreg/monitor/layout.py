@@ -24,19 +24,22 @@ def some(items: Sequence[T], most: int = MOST) -> list[T]:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def layout(parameters: Sequence[str], terms: Sequence[str], strengths: Sequence[str]) -> Any:
+def layout(parameters: Sequence[str]) -> Any:
     """A `Layout` of three pages: the trade-off, sparsity by layer, and norms.
+
+    It is the same for every penalty: TensorBoard shows the charts of all runs, and one that differs a second time.
 
     Args:
         parameters: the tags of the weights.
-        terms: the tags of the terms.
-        strengths: the tags of the strengths, `schedule/lambda_...`.
     """
     from tensorboard.plugins.custom_scalar import layout_pb2 as pb
 
+    def matches(title: str, *patterns: str) -> Any:
+        # Regular expressions, matched from the start.
+        return pb.Chart(title=title, multiline=pb.MultilineChartContent(tag=patterns))
+
     def lines(title: str, tags: Sequence[str]) -> Any:
-        # Each is a regular expression matched from the start.
-        return pb.Chart(title=title, multiline=pb.MultilineChartContent(tag=[f"^{re.escape(tag)}$" for tag in tags]))
+        return matches(title, *(f"^{re.escape(tag)}$" for tag in tags))
 
     def by_layer(title: str, metric: str) -> list[Any]:
         shown = list(parameters) if len(parameters) <= 24 else some(parameters)
@@ -59,11 +62,11 @@ def layout(parameters: Sequence[str], terms: Sequence[str], strengths: Sequence[
     )
     trade_off = [
         lines("sparsity and accuracy", ["overview/sparsity", "overview/accuracy"]),
-        lines("loss and penalty", ["overview/loss", "overview/loss_data", "overview/objective", "overview/penalty"]),
-        lines("penalty by term", [f"penalty/{term}" for term in some(terms)]),
-        lines("λ by term", some(strengths)),
-        spread,
+        lines("loss and penalty", ["overview/loss", "overview/loss_data", "overview/penalty"]),
+        matches("penalty by term", "^penalty/"),
+        matches("λ by term", "^schedule/lambda_"),
         lines("weights that became zero or nonzero", ["support_churn/total"]),
+        spread,  # TensorBoard draws it last in any case
     ]
     zeros = by_layer("zeros", "sparsity")
     dead = [*by_layer("dead inputs", "sparsity_inputs"), *by_layer("dead neurons", "sparsity_neurons")]

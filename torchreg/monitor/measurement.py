@@ -143,10 +143,6 @@ class Gauge:
         numbers.update(zip(self._keys, itertools.chain.from_iterable(rows), strict=True))
         return numbers, [value for [value] in found]
 
-    def strengths(self) -> list[str]:
-        """The tags of all λ."""
-        return [key for key in self._by_term([]) if key.startswith("schedule/")]
-
     def certified(self, found: Stationarity) -> dict[str, float]:
         """A certificate by its tags."""
         numbers = {f"stationarity/{name}": getattr(found, name) for name in ("total", "relative", "rest")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -109,12 +110,12 @@ def histogram(tag: str, w: Tensor) -> Any | None:
 
 def text(tag: str, markdown: str) -> Any:
     """A text in Markdown."""
-    return _string(f"{tag}/text_summary", markdown.encode(), "text", shape=[1])
+    return _string(f"{tag}/text_summary", markdown.encode(), "text")
 
 
 def layout(charts: Any) -> Any:
     """The custom-scalar page, from a `Layout`."""
-    return _string("custom_scalars__config__", charts.SerializeToString(), "custom_scalars", shape=[])
+    return _string("custom_scalars__config__", charts.SerializeToString(), "custom_scalars")
 
 
 def hyperparameters(run: str, values: Mapping[str, Hyperparameter], metrics: Mapping[str, str]) -> list[Any]:
@@ -128,8 +129,9 @@ def hyperparameters(run: str, values: Mapping[str, Hyperparameter], metrics: Map
         hparams=[hp.HParam(name, display_name=name) for name in values],
         metrics=[hp.Metric(tag, display_name=title) for tag, title in metrics.items()],
     )
-    # Each run is a trial of its own, also where only the seed differs.
-    start = hp.hparams_pb(dict(values), trial_id=run)
+    # Each run is a trial of its own, also where only the seed differs. Its name comes first: the table cuts it short.
+    folder, name = os.path.split(run)
+    start = hp.hparams_pb(dict(values), trial_id=f"{name} in {folder}" if name and folder else run)
     return [*config.value, *start.value]
 
 
@@ -146,15 +148,14 @@ def end() -> Any:
     )
 
 
-def _string(tag: str, content: bytes, plugin: str, shape: list[int]) -> Any:
+def _string(tag: str, content: bytes, plugin: str) -> Any:
     from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
     from tensorboard.compat.proto.tensor_pb2 import TensorProto
     from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
     from tensorboard.compat.proto.types_pb2 import DT_STRING
 
-    dims = TensorShapeProto(dim=[TensorShapeProto.Dim(size=size) for size in shape])
     return Summary.Value(
         tag=tag,
         metadata=SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=plugin)),
-        tensor=TensorProto(dtype=DT_STRING, string_val=[content], tensor_shape=dims),
+        tensor=TensorProto(dtype=DT_STRING, string_val=[content], tensor_shape=TensorShapeProto()),
     )
