@@ -96,7 +96,7 @@ def browser():
 
 
 @pytest.fixture
-def page(browser, links, request):
+def page(browser, links):
     """An empty page. At the end its picture is kept, and it has had no error and has asked nobody but TensorBoard."""
     base = links["overview"].partition("/?")[0]
     assert base.startswith("http://127.0.0.1:")
@@ -110,13 +110,17 @@ def page(browser, links, request):
     page.on("response", lambda got: faults.append(f"{got.status} {got.url}") if got.status >= 400 else None)
     yield page
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=OUTPUT / f"{request.node.name.removeprefix('test_')}.png")
+    page.screenshot(path=OUTPUT / f"{re.search('#([a-z_]+)', page.url)[1]}.png")
     page.close()
     assert not faults
 
 
 def tab(page, links, name):
     page.goto(f"{links['overview'].partition('?')[0]}#{name}")
+
+
+def strength(name):
+    return 0.0 if name == "plain" else L1
 
 
 def cells(row):
@@ -160,8 +164,7 @@ def test_the_overview_opens_with_sparsity_and_accuracy_pinned_and_not_smoothed(p
         seen = [name for name in RUNS if share(canvas, np.fromstring(colours[name][4:-1], sep=",")) > 1e-3]
         assert set(seen) & {"prox_L1", "prox_elastic_net"}, "a line is drawn; of equal ones the last hides the others"
         assert set(seen) & {"plain", "L1_in_loss"}
-    groups = page.locator("metrics-card-groups metrics-card-group-toolbar, metrics-card-group-toolbar")
-    expect(groups.first).to_contain_text("overview")
+    expect(page.locator("metrics-card-group-toolbar").first).to_contain_text("overview")
     tags = ["accuracy", "loss_data", "objective", "params_kept", "penalty", "sparsity"]
     first = page.locator("metrics-card-grid").nth(1).locator("scalar-card")
     expect(first.locator("tb-truncated-path.tag")).to_have_text([re.compile(rf"overview\s*/{tag}") for tag in tags])
@@ -257,14 +260,15 @@ def test_hparams_set_the_strengths_beside_what_they_led_to(page, links, job):
     table = page.locator("tf-hparams-table-view vaadin-grid-cell-content")
     expect(table.filter(has_text=" in runs")).to_have_count(len(RUNS))
     found = [text for text in cells(table) if text]
-    header = ["Trial ID", "Show Metrics", *"lambda_l1 lambda_l2 lr optimizer sparsity accuracy".split(), "weights left"]
+    columns = ["lambda_l1", "lambda_l2", "lr", "optimizer", "sparsity", "accuracy", "weights left"]
+    header = ["Trial ID", "Show Metrics", *columns]
     assert found[: len(header)] == header
     rest = found[len(header) :]
     for i, name in enumerate(RUNS):
         trial, l1, l2, lr, optimizer, sparsity, accuracy, left = rest[8 * i : 8 * i + 8]
         row = job.rows[name]
         assert trial == f"{name} in runs"
-        assert (float(l1), float(l2)) == (0 if name == "plain" else L1, 1e-5 if name == "prox_elastic_net" else 0)
+        assert (float(l1), float(l2)) == (strength(name), 1e-5 if name == "prox_elastic_net" else 0)
         assert (float(lr), optimizer) == (2e-3, "ProxAdam" if name.startswith("prox") else "Adam")
         assert float(sparsity) == pytest.approx(row.sparsity, abs=6e-5)
         assert float(accuracy) == pytest.approx(row.accuracy, abs=6e-5)
@@ -272,7 +276,7 @@ def test_hparams_set_the_strengths_beside_what_they_led_to(page, links, job):
 
     page.get_by_text("Scatter Plot Matrix View").click()
     plot = page.locator("tf-hparams-scatter-plot-matrix-plot")
-    columns, metrics = header[2:], header[6:]
+    metrics = columns[4:]
     points = plot.locator("circle")
     expect(points).to_have_count(len(columns) * len(metrics) * len(RUNS))
     corner = (metrics.index("accuracy") * len(columns) + columns.index("sparsity")) * len(RUNS)
@@ -296,7 +300,7 @@ def test_text_has_summary_strengths_and_glossary(page, links, job):
         assert [line[0] for line in table[1:]] == [*WEIGHTS, "total"]
         assert [line[2] for line in table[1:4]] == row.left
         assert float(table[4][3].removesuffix("%")) / 100 == pytest.approx(row.sparsity, abs=6e-5)
-        expect(regularizer.locator("pre")).to_contain_text("ElasticNet" if name == "prox_elastic_net" else "L1")
-        expect(regularizer.locator("pre")).to_contain_text(WEIGHTS)
+        penalty = "ElasticNet(l1=0.002, l2=1e-05)" if name == "prox_elastic_net" else f"L1(strength={strength(name)})"
+        expect(regularizer.locator("pre")).to_contain_text([penalty, "fc1.bias"])
         meaning = glossary.locator("tr").filter(has_text="overview/sparsity")
         expect(meaning.locator("td")).to_have_text(["overview/sparsity", "share of the weights that are exactly 0"])

@@ -309,7 +309,7 @@ class TensorBoardMonitor:
             values = [
                 summaries.layout(layout(list(self._gauge.tags.values()))),
                 summaries.text("about/3_glossary", texts.glossary(self._near_zero)),
-                summaries.text("about/2_regularizer", f"```\n{self._regularizer.explain()}\n```"),
+                summaries.text("about/2_regularizer", texts.regularizer(self._regularizer)),
                 *summaries.hyperparameters(self._where, self._all_hyperparameters(), _METRICS),
             ]
             self._add(step, values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torchreg import tables
+from torchreg.regularizer import Regularizer
 from torchreg.zeros import Sparsity
 
 
@@ -33,6 +34,12 @@ def glossary(near_zero: float) -> str:
         ("stationarity/", "distance of −gradient from λ∂Ω: 0 at a solution"),
     ]
     return markdown(["tag", "what it is"], [[f"`{tag}`", meaning] for tag, meaning in rows])
+
+
+def regularizer(found: Regularizer) -> str:
+    """Its terms as they were written, and `explain()`: at the first step of a warm-up, that alone would say λ = 0."""
+    terms = "\n".join(f"{key}: {term.base!r}" for key, term in found.terms.items())
+    return f"```\n{terms}\n```\n\nAt the first step, with schedules at work:\n\n```\n{found.explain()}\n```"
 
 
 def summary(found: Sparsity) -> str:
