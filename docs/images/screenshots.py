@@ -41,7 +41,7 @@ with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server, syn
         page.locator("path.area").first.wait_for()
         # Where the logs lie on this machine is nobody's affair.
         page.locator("#data-location").evaluate("e => e.remove()")
-        keep(page, "dashboard_charts.png", 1060)
+        keep(page, "dashboard_charts.png", 1036)
         browser.close()
     finally:
         server.terminate()
