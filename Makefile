@@ -19,6 +19,7 @@ test-slow: .venv/.test
 bench: .venv/.bench
 	$(PY) benchmarks/one_lambda.py --short
 	$(PY) benchmarks/minibatch.py --short
+	$(PY) benchmarks/monitor.py --short
 
 lint: .venv/.test
 	$(PY) -m ruff check

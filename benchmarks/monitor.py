@@ -55,7 +55,9 @@ class Training:
     def run(self, iterations):
         started = time.perf_counter()
         if self.monitor is not None:  # its budget is a share of its own training's time, not of the others'
-            self.monitor._started += started - self.left
+            shift = started - self.left
+            self.monitor._measuring._started += shift
+            self.monitor._drawing._started += shift
         for _ in range(iterations):
             batch = torch.randint(len(x), (128,))
             loss = self.criterion(self.model(x[batch]), y[batch])
@@ -99,7 +101,7 @@ for _ in range(rounds):
 rows = []
 for name, training in watched.items():
     files = sum(path.stat().st_size for path in (folder / str(id(training))).iterdir())
-    looks = len({step for step, _ in training.monitor._history._points}) * training.monitor._history._stride
+    looks = training.monitor._history._seen
     rows.append([name, *spread(ratios[name]), str(looks), f"{files / training.step * 1000 / 1e3:.0f}"])
 show("1. an iteration, with a monitor / without", ["monitor", "time", "spread", "looks", "kB per 1000 steps"], rows)
 
