@@ -76,7 +76,7 @@ def step_on(optimizer: Optimizer, model: nn.Module, gradient: float = 1.0) -> No
 
 
 @pytest.mark.parametrize(("stock", "settings"), STOCK, ids=str)
-@pytest.mark.parametrize("kernel", [{}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("kernel", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
 def test_an_attached_optimizer_steps_as_the_swap_in_bit_for_bit(
     stock: Any, settings: dict[str, Any], kernel: dict[str, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -737,3 +737,31 @@ def test_while_disabled_the_death_of_an_optimizer_is_no_news_yet(caplog: pytest.
     reg.enable()
     assert reg().requires_grad
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("penalty", [tr.L1(0.05), tr.L2(0.3), tr.ElasticNet(l1=0.05, l2=0.3)], ids=str)
+@pytest.mark.parametrize(
+    ("stock", "settings"),
+    [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.Adam, {"amsgrad": True}), (torch.optim.AdamW, {})],
+    ids=str,
+)
+def test_a_large_weight_which_is_shrunk_in_pieces_has_the_bits_of_a_small_one(
+    stock: Any, settings: dict[str, Any], penalty: tr.Penalty
+) -> None:
+    """Each row by itself is small; both are compared after the same steps."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(3, 40_000, generator=generator)
+    large = nn.ParameterList([start.clone()])
+    small = nn.ParameterList([row.clone() for row in start])
+    optimizers = []
+    for model in (large, small):
+        optimizers.append(stock(model.parameters(), lr=0.05, **settings))
+        tr.optim.attach(optimizers[-1], tr.Regularizer(model, penalty, include="*"))
+    for _ in range(3):
+        large[0].grad = torch.randn(3, 40_000, generator=generator)
+        for w, gradient in zip(small, large[0].grad, strict=True):
+            w.grad = gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(large[0], torch.stack(list(small)))
+    assert (large[0] == 0).any() == (not penalty.smooth)

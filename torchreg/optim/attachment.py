@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Adafactor, AdamW, Optimizer
 
 from torchreg.checks import Step
-from torchreg.optim.step_sizes import Diagonal, StepSize, present_step, step_size_of
+from torchreg.optim.step_sizes import PIECE, Diagonal, StepSize, present_step, step_size_of
 from torchreg.penalties import Penalty
 from torchreg.regularizer import Regularizer
 from torchreg.terms import Bound
@@ -60,6 +60,11 @@ class Prox(ABC):
                 if follow is not None:
                     follow(optimizer, group, parameter)
                 continue
+            large, pieces = _is_large(optimizer, parameter, penalty), getattr(self.step_size, "pieces", None)
+            if large and pieces is not None:
+                for w, step in pieces(optimizer, group, parameter):
+                    penalty.prox_(w, step)
+                continue
             ask = asked.get(id(parameter))
             step = self.step_size(optimizer, group, parameter) if ask is None else ask()
             if not isinstance(step, Tensor) and step == 0:
@@ -69,7 +74,8 @@ class Prox(ABC):
                 # A fused optimizer is called on steps that the GradScaler skips: it skips them on the device.
                 skipped = found_inf.to(parameter.device).reshape(()) > 0
                 step = torch.where(skipped, 0.0, step)
-            penalty.prox_(parameter, step)
+            for w in parameter.view(-1).split(PIECE) if large and not isinstance(step, Tensor) else [parameter]:
+                penalty.prox_(w, step)
 
     def _carried(self, optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], Tensor, Penalty | None]]:
         penalties = self.penalties(optimizer)
@@ -360,6 +366,21 @@ def attach(
 def _idle(penalty: Penalty | None) -> bool:
     """Nothing to apply: the regularizer is disabled, or every strength is 0."""
     return penalty is None or penalty.is_zero
+
+
+def _is_large(optimizer: Optimizer, parameter: Tensor, penalty: Penalty) -> bool:
+    """A CPU's cache does not hold all of the parameter, and its prox is the same in pieces, which fit."""
+    soft = penalty._soft()
+    return (
+        soft is not None
+        and soft.anchor is None
+        and parameter.is_cpu
+        and type(parameter) is torch.nn.Parameter
+        and parameter.numel() > PIECE
+        and parameter.is_contiguous()
+        and not torch.is_grad_enabled()
+        and getattr(optimizer, "found_inf", None) is None
+    )
 
 
 def _nothing() -> None:

@@ -9,7 +9,7 @@ learning rate, the momentum or the preconditioner.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, ClassVar, Protocol, cast
 
@@ -19,6 +19,9 @@ from torch.optim import ASGD, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, A
 
 from torchreg import checks
 from torchreg.checks import Step
+
+PIECE = 1 << 16
+"""Weights at a time where a CPU goes through a large parameter: its processors' caches hold what belongs to them."""
 
 
 class StepSize(Protocol):
@@ -242,6 +245,13 @@ class AdamStep(AdamKin):
         lr, correction = self.numbers(optimizer, group, parameter)
         square = optimizer.state[parameter]["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
         return _over(lr, _root(square), group["eps"], correction)
+
+    def pieces(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views of the parameter, each with its step, one after the other: what a piece needs stays in the cache."""
+        lr, correction = self.numbers(optimizer, group, parameter)
+        square = optimizer.state[parameter]["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+        for w, v in zip(parameter.view(-1).split(PIECE), square.view(-1).split(PIECE), strict=True):
+            yield w, _over(lr, _root(v), group["eps"], correction)
 
     def numbers(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> tuple[Any, Any]:
         """lr·m̂, and the correction of √v: what all weights of a parameter share."""

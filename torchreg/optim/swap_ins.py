@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from torchreg.optim.attachment import Attachment, Frozen, Prox
@@ -64,7 +66,8 @@ class Proximal(Optimizer):
                 loss = closure()
         if torch.compiler.is_compiling() or not self._one_pass.step(self, self.attachment.penalties(self)):
             self.attachment.before(self)
-            _unhooked(self._stock)(self)
+            with _fused(self):
+                _unhooked(self._stock)(self)
             self.attachment.apply(self)
         return loss
 
@@ -177,3 +180,41 @@ def _unhooked(stock: type[Optimizer]) -> Callable[..., Any]:
     while getattr(step, "hooked", False):
         step = step.__wrapped__
     return step  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _fused(optimizer: Proximal) -> Iterator[None]:
+    """Where torch may choose and a prox follows, a CPU takes Adam's fused step: the default loop is four times slower.
+
+    Torch's fused SGD fails where some parameters have a momentum buffer and others not yet, and gains little.
+    """
+    attachment = optimizer.attachment
+    groups: list[dict[str, Any]] = []
+    if attachment is not None and not isinstance(optimizer, SGD) and not torch.compiler.is_compiling():
+        penalties = attachment.penalties(optimizer).values()
+        if any(penalty is not None and not penalty.is_zero for penalty in penalties):
+            groups = [group for group in optimizer.param_groups if _open(group)]
+    for group in groups:
+        group["fused"] = True
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["fused"] = None
+
+
+def _open(group: dict[str, Any]) -> bool:
+    return (
+        group["foreach"] is None
+        and group["fused"] is None
+        and not group["differentiable"]
+        and not group.get("capturable")
+        and not isinstance(group["lr"], Tensor)
+        and all(
+            type(parameter) in (Tensor, torch.nn.Parameter)
+            and parameter.is_cpu
+            and parameter.is_floating_point()
+            and (parameter.grad is None or parameter.grad.layout is torch.strided)
+            for parameter in group["params"]
+        )
+    )
