@@ -19,6 +19,7 @@ test-slow: .venv/.test
 bench: .venv/.bench
 	$(PY) benchmarks/one_lambda.py --short
 	$(PY) benchmarks/minibatch.py --short
+	$(PY) benchmarks/step.py --short
 	$(PY) benchmarks/monitor.py --short
 
 lint: .venv/.test
@@ -32,8 +33,8 @@ lint: .venv/.test
 		|| { $(AS_ROOT) apt-get update -q; $(AS_ROOT) apt-get install -qy --no-install-recommends $(BROWSER); } \
 		|| { echo "not installed: $(BROWSER). Without Chromium the browser test skips"; exit 0; } && touch $@
 
-# An environment a set of extras; the marker is younger than pyproject.toml once they are installed.
-.venv/.%: pyproject.toml
+# An environment a set of extras, with the native kernels built; the marker is younger than all of these once they are.
+.venv/.%: pyproject.toml setup.py $(wildcard torchreg/kernels/*.[ch])
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --editable '.[$*]'
 	touch $@

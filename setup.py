@@ -49,7 +49,7 @@ native = Extension(
     ["torchreg/kernels/native.c"],
     depends=[f"torchreg/kernels/{name}.h" for name in ("native", "statistics", "step")],
     libraries=[] if sys.platform == "win32" else ["m"],
-    extra_compile_args=[] if sys.platform == "win32" else FLAGS,
+    extra_compile_args=["/O2", "/std:c11"] if sys.platform == "win32" else FLAGS,
     optional=True,
 )
 

@@ -27,7 +27,7 @@
 /* One library for every x86 processor: the loader takes the widest vectors that this one has. */
 #if !defined(EVERY_PROCESSOR) && defined(__x86_64__) && defined(__GLIBC__) && defined(__has_attribute)
 #if __has_attribute(target_clones)
-#define EVERY_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define EVERY_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
 #endif
 #ifndef EVERY_PROCESSOR
