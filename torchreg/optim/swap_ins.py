@@ -53,6 +53,9 @@ class Proximal(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """The stock step, then w ← prox(w, unit response) for every selected parameter that has a gradient.
 
+        On a CPU both are one pass over memory where the native kernel serves (`torchreg.backends()`) and takes the
+        penalty: any sum of |w| and w², on float32 and float64 weights.
+
         Args:
             closure: reevaluates the model and returns the loss.
         Returns:
