@@ -173,7 +173,9 @@ def statistics_of(shapes: Shapes, threads: int, seconds: float) -> dict[str, tup
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="under a minute: LeNet-300-100 and ResNet-50, few turns")
+    parser.add_argument(
+        "--short", action="store_true", help="under two minutes: LeNet-300-100 and ResNet-50, few turns"
+    )
     parser.add_argument("--seconds", type=float, help="of each row (20; short: 2)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--json", type=Path, help="write every ratio here")
