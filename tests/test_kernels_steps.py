@@ -506,3 +506,47 @@ def test_the_tables_are_as_wide_as_the_kernel_reads_them() -> None:
         fields = [word for word in fields if word]
         assert fields[: len(kind._fields)] == list(kind._fields)
         assert len(fields) == len(kind._fields) + FILLED_IN[kind]
+
+
+@pytest.mark.parametrize("swap_in", [tr.optim.ProxSGD, tr.optim.ProxAdam], ids=lambda kind: kind.__name__)
+def test_a_strength_that_moves_at_every_step_is_that_of_the_step(swap_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A schedule of λ writes numbers into the tables, and makes them anew only where more has changed."""
+    made = []
+    before = one_pass.OnePass._made
+    monkeypatch.setattr(one_pass.OnePass, "_made", lambda self, *args: made.append(1) or before(self, *args))
+    ends = []
+    for backend in ("native", "torch"):
+        monkeypatch.setenv("TORCHREG_BACKEND", backend)
+        torch.manual_seed(0)
+        model = torch.nn.Linear(40, 30)
+        reg = tr.Regularizer(model, {"weight": tr.ElasticNet(l1=0.5, l2=0.1), "bias": tr.L1(0.2)})
+        optimizer = swap_in(model.parameters(), lr=0.01, regularizer=reg)
+        for step in range(12):
+            reg["weight"].factor = step / 6
+            reg["bias"].strength = 0.2 if step < 8 else 0.0
+            for w in model.parameters():
+                w.grad = torch.sin(torch.arange(w.numel()) * (step + 1.0)).reshape(w.shape)
+            optimizer.step()
+        ends.append([w.detach().clone() for w in model.parameters()])
+    for fast, plain in zip(*ends, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-7)
+        assert torch.equal(fast == 0, plain == 0)
+    assert bool((ends[0][0] == 0).any())
+    # The first step is the stock one; the tables are made for the second, and in the rest only written into.
+    assert len(made) <= 3
+
+
+def test_the_profiler_sees_the_step_and_hooks_may_come_and_go() -> None:
+    model = torch.nn.Linear(4, 3)
+    reg = tr.Regularizer(model, tr.L1(0.1))
+    optimizer = tr.optim.ProxAdam(model.parameters(), regularizer=reg)
+    model(torch.ones(2, 4)).sum().backward()
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    assert "Optimizer.step#ProxAdam.step" in {event.key for event in profile.key_averages()}
+    fired = []
+    handle = optimizer.register_step_pre_hook(lambda *_: fired.append("pre"))
+    optimizer.step()
+    handle.remove()
+    optimizer.step()
+    assert fired == ["pre"]

@@ -69,6 +69,7 @@ class Tables:
     rows: int = 0
     address_width: int = 0
     number_width: int = 0
+    filled_in: int = 0
 
     def add(self, addresses: Sequence[int]) -> None:
         """Adds a weight, its numbers still to come."""
@@ -82,6 +83,7 @@ class Tables:
         for row in rows:
             self.numbers.extend((*row, *(0.0 for _ in range(FILLED_IN[type(row)]))))
         self.number_width = len(self.numbers) // len(rows)
+        self.filled_in = FILLED_IN[type(rows[0])]
         self._room = array("q", bytes(8 * self.rows))
 
     def run(self, step: Any, library: Library) -> None:

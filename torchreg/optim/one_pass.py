@@ -45,6 +45,7 @@ class Rows:
     states: list[Any]
     settings: list[Any]
     asked: list[Any]
+    softs: list[Soft]
     lrs: list[float]
     slots: list[tuple[State, str, Tensor]]
     memory: list[Tensor]
@@ -53,16 +54,32 @@ class Rows:
     units: list[tuple[int, State, tuple[float, float, float, float]]]
     tables: Tables
 
-    def stand(self, parameters: list[Tensor], states: list[Any], settings: list[Any], asked: list[Any]) -> bool:
+    def stand(self, parameters: list[Tensor], states: list[Any], settings: list[Any]) -> bool:
         """The step is still one of the same tensors under the same settings."""
         return (
             _same(parameters, self.parameters)
             and _same(states, self.states)
-            and _same(asked, self.asked)
             and settings == self.settings
             and all(state.get(name) is buffer for state, name, buffer in self.slots)
             and [memory.data_ptr() for memory in self.memory] == self.pointers
         )
+
+    def strengthen(self, asked: list[Any]) -> bool:
+        """The strengths are those of `asked`, which schedules change; False where more than numbers has changed."""
+        if _same(asked, self.asked):
+            return True
+        softs = [_soft(x) for x in asked]
+        for new, old, x, y in zip(softs, self.softs, asked, self.asked, strict=True):
+            if new is None or new.anchor is not old.anchor or (x is FREE) != (y is FREE):
+                return False
+        known = [soft for soft in softs if soft is not None]
+        if all(soft.l1 == soft.l2 == 0 for soft in known):
+            return False
+        for i, soft in enumerate(known):
+            at = (i + 1) * self.tables.number_width - self.tables.filled_in
+            self.tables.numbers[at - 2], self.tables.numbers[at - 1] = soft.l1, soft.l2
+        self.asked, self.softs = asked, known
+        return True
 
     def point_to(self, gradients: list[Tensor]) -> bool:
         """The gradients are in the tables; False where C cannot read one in the order of its weight."""
@@ -126,7 +143,8 @@ class OnePass(ABC):
         states = list(optimizer.state.values())
         asked = [penalties.get(id(parameter), FREE) for parameter in parameters]
         settings = [_settings(group) for group in optimizer.param_groups]
-        if self._rows is None or not self._rows.stand(parameters, states, settings, asked):
+        known = self._rows
+        if known is None or not (known.stand(parameters, states, settings) and known.strengthen(asked)):
             self._rows = self._made(optimizer, groups, parameters, states, settings, asked)
         rows = self._rows
         if rows is None or not (rows.point_to(gradients) and rows.follow()):
@@ -178,10 +196,10 @@ class OnePass(ABC):
         asked: list[Any],
     ) -> Rows | None:
         """The tables; None where something is not for the native library, or for no prox at all."""
-        softs = [FREE if x is None else x if isinstance(x, Soft) else x._soft() for x in asked]
+        softs = [_soft(x) for x in asked]
         if all(soft is not None and soft.l1 == soft.l2 == 0 for soft in softs):
             return None  # the stock step, bit for bit
-        rows = Rows(parameters, states, settings, asked, [], [], [], [], [], [], Tables())
+        rows = Rows(parameters, states, settings, asked, [], [], [], [], [], [], [], Tables())
         numbers = []
         for i, (group, parameter, soft) in enumerate(zip(groups, parameters, softs, strict=True)):
             state = optimizer.state.get(parameter, {})
@@ -204,6 +222,7 @@ class OnePass(ABC):
             others = [0 if w is None else w.data_ptr() for w in (*buffers, soft.anchor)]
             rows.tables.add((parameter.data_ptr(), 0, *others, *counted, parameter.numel(), DTYPES[parameter.dtype]))
             numbers.append(self.numbers(group, soft))
+            rows.softs.append(soft)
             rows.lrs.append(_number(group["lr"]))
         rows.tables.number(numbers)
         return rows
@@ -280,6 +299,11 @@ class SGDPass(OnePass):
 
 
 PASSES: dict[type[Optimizer], type[OnePass]] = {SGD: SGDPass, Adam: AdamPass, AdamW: AdamPass}
+
+
+def _soft(asked: Penalty | Soft | None) -> Soft | None:
+    """The penalty as numbers; None where it is another one."""
+    return FREE if asked is None else asked if isinstance(asked, Soft) else asked._soft()
 
 
 def _settings(group: Group) -> list[Any]:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from torchreg.optim.attachment import Attachment, Frozen, Prox
 from torchreg.optim.one_pass import PASSES, OnePass
@@ -50,6 +51,21 @@ class Proximal(Optimizer):
         """The regularizer whose prox this applies; None on a copy made without it."""
         return self.attachment.regularizer if isinstance(self.attachment, Attachment) else None
 
+    def _unwatched_step(self, closure: Callable[[], Any] | None = None) -> Any:
+        if self.attachment is None:
+            return _unhooked(self._stock)(self, closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if torch.compiler.is_compiling() or not self._one_pass.step(self, self.attachment.penalties(self)):
+            self.attachment.before(self)
+            _unhooked(self._stock)(self)
+            self.attachment.apply(self)
+        return loss
+
+    _watched_step = Optimizer.profile_hook_step(_unwatched_step)
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """The stock step, then w ← prox(w, unit response) for every selected parameter that has a gradient.
 
@@ -61,18 +77,19 @@ class Proximal(Optimizer):
         Returns:
             What `closure` returned, or None.
         """
-        if self.attachment is None:
-            return _unhooked(self._stock)(self, closure)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if torch.compiler.is_compiling() or not self._one_pass.step(self, self.attachment.penalties(self)):
-            self.attachment.before(self)
-            with _fused(self):
-                _unhooked(self._stock)(self)
-            self.attachment.apply(self)
-        return loss
+        # torch wraps every optimizer's step in a record for profilers and in loops over hooks: a third of the step of a
+        # small network. Here they come in where there are any.
+        hooks = (
+            self._optimizer_step_pre_hooks,
+            self._optimizer_step_post_hooks,
+            _global_optimizer_pre_hooks,
+            _global_optimizer_post_hooks,
+        )
+        if any(hooks) or torch._C._autograd._profiler_enabled():
+            return self._watched_step(closure)
+        return self._unwatched_step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # by which torch knows a step that it has wrapped
 
     @functools.cached_property
     def _one_pass(self) -> OnePass:
