@@ -47,7 +47,7 @@ class PlatformWheel(bdist_wheel):
 native = Extension(
     "torchreg.kernels._native",
     ["torchreg/kernels/native.c"],
-    depends=[f"torchreg/kernels/{name}.h" for name in ("native", "statistics", "step")],
+    depends=[f"torchreg/kernels/{name}.h" for name in ("native", "soft", "statistics", "step")],
     libraries=[] if sys.platform == "win32" else ["m"],
     extra_compile_args=["/O2", "/std:c11"] if sys.platform == "win32" else FLAGS,
     optional=True,

@@ -31,6 +31,7 @@ ORDER = [
     "selection",
     "units",
     "terms",
+    "totals",
     "regularizer",
     "loss",
     "zeros",
@@ -50,7 +51,7 @@ ORDER = [
 ]
 # The same within a package, where it is settled; elsewhere it is enough that no circle closes.
 INSIDE = {
-    "kernels": ["native", "choice", "summaries", "steps"],
+    "kernels": ["native", "choice", "summaries", "steps", "soft"],
     "optim": ["step_sizes", "attachment", "one_pass", "swap_ins", "fista"],
     "penalties": ["base"],
 }

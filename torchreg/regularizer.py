@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from torchreg import checks, selection, tables, units
+from torchreg import checks, selection, tables, totals, units
 from torchreg.checks import Step
 from torchreg.penalties import Penalty
 from torchreg.selection import WRAPPED, Inventory, Parts, Selected, Selector
@@ -141,15 +141,38 @@ class Regularizer:
                 tied or came apart, or a lazy module has not got its shape yet.
         """
         bounds = self._current()
-        return _total([value for _, value in self._values(bounds)], bounds[0])
+        return _total([value for _, value in totals.values(self._items(bounds, by_term=False))], bounds[0])
 
     def components(self) -> dict[str, Tensor]:
         """The value of each term, by its key; they sum to `reg()`."""
         bounds = self._current()
         parts: dict[str, list[Tensor]] = {key: [] for key in self._terms}
-        for key, value in self._values(bounds):
+        for key, value in totals.values(self._items(bounds, by_term=True)):
             parts[key].append(value)
         return {key: _total(values, bounds[0]) for key, values in parts.items()}
+
+    def add_gradient_(self) -> Tensor:
+        """Adds the gradient of `reg()` to `.grad` of every parameter on the loss route, as `loss + reg()` would have.
+
+        For a loop that leaves `reg()` out of its loss: on a CPU it takes one pass over the weights, without a graph.
+        Call it once a step, after the last `backward()` and before clipping and `step()`; under a `GradScaler` after
+        `unscale_`. Frozen parameters and those that a proximal optimizer holds are left alone.
+
+        Returns:
+            The value of `reg()`, without a graph, to log.
+        Raises:
+            RuntimeError: the model has changed as in `reg()`.
+
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> _ = nn.init.constant_(layer.weight, -1.0)
+        >>> layer(torch.ones(1, 2)).sum().backward()
+        >>> Regularizer(layer, L1(0.25)).add_gradient_()
+        tensor(0.5000)
+        >>> layer.weight.grad
+        tensor([[0.7500, 0.7500]])
+        """
+        bounds = self._current()
+        return _total([value for _, value in totals.add_gradients_(self._items(bounds, by_term=False))], bounds[0])
 
     def prox_(self, step: Step | Mapping[str, Step]) -> None:
         """Applies the prox to every selected parameter in place: for an optimizer of one's own.
@@ -485,7 +508,8 @@ class Regularizer:
 
     # ------------------------------------------------------------------ routes
 
-    def _values(self, bounds: list[Bound]) -> Iterator[tuple[str, Tensor]]:
+    def _items(self, bounds: list[Bound], by_term: bool) -> Iterator[totals.Item]:
+        """What counts now: the key of the term, or one for all, the parameter and its penalty."""
         if not self._enabled:
             return
         held = {id_ for route in self._live_routes() for id_ in route.held()}
@@ -493,7 +517,8 @@ class Regularizer:
             parameter = bound.parameter()
             penalty = bound.penalty
             if not penalty.is_zero:
-                yield bound.term.key, penalty(parameter.detach() if id(parameter) in held else parameter)
+                w = parameter.detach() if id(parameter) in held else parameter
+                yield bound.term.key if by_term else "", w, penalty
 
     def _live_routes(self) -> Iterator[Route]:
         """The attached optimizers. One that has died leaves its parameters to the loss route, said once."""

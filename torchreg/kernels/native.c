@@ -3,7 +3,7 @@
 #include "native.h"
 
 /* Counted up with every change of a table below, so that a library of another version is not called. */
-EXPORT int64_t torchreg_version(void) { return 3; }
+EXPORT int64_t torchreg_version(void) { return 4; }
 
 /* ------------------------------------------------------------------ statistics */
 
@@ -329,3 +329,80 @@ static int64_t find(const job *all, int64_t block, int64_t *first) {
 
 STEP(adam)
 STEP(sgd)
+
+/* ------------------------------------------------------------------ penalties */
+
+enum { VALUE, GRADIENT, BOTH };
+
+/* The penalty λ₁Σ|w − w₀| + λ₂Σ(w − w₀)² of one weight, dense; gradient and w₀ have the order of its memory. */
+typedef struct {
+    const void *w;
+    void *gradient;     /* null where none is asked for */
+    const void *anchor; /* w₀; null for 0 */
+    int64_t size, dtype;
+    double l1, l2;
+} soft_tensor;
+
+typedef struct {
+    double moduli, squares;
+} soft_sums;
+
+#undef NAMED
+#undef real
+#undef ABS
+#define NAMED(name) name##_float
+#define real float
+#define ABS fabsf
+#include "soft.h"
+#undef NAMED
+#undef real
+#undef ABS
+
+#define NAMED(name) name##_double
+#define real double
+#define ABS fabs
+#include "soft.h"
+
+typedef struct {
+    job blocks;
+    soft_sums *sums; /* of each block */
+    double slope;
+    int task;
+} soft_job;
+
+static void soft_block(void *data, int64_t block) {
+    const soft_job *all = data;
+    int64_t first;
+    const soft_tensor *t = (const soft_tensor *)all->blocks.tensors + find(&all->blocks, block, &first);
+    const int64_t last = t->size < first + BLOCK ? t->size : first + BLOCK;
+    all->sums[block] = t->dtype == FLOAT32 ? torchreg_soft_float(t, all->slope, first, last, all->task)
+                                           : torchreg_soft_double(t, all->slope, first, last, all->task);
+}
+
+/* Adds the penalties to `value` (task VALUE); writes their gradients times `slope` (GRADIENT); or does the first and adds
+   the gradients to what is there (BOTH). The sum is the same for any number of threads: that of blocks, added in order.
+   0, or 1 where memory is short: then nothing has changed. */
+EXPORT int torchreg_soft(const soft_tensor *tensors, int64_t n, int64_t task, double *value, const double *slope,
+                         team parallel, int64_t threads) {
+    int64_t blocks = 0;
+    for (int64_t i = 0; i < n; i++) blocks += (tensors[i].size + BLOCK - 1) / BLOCK;
+    int64_t *ends = malloc((size_t)(n + 1) * sizeof *ends);
+    soft_sums *sums = malloc((size_t)(blocks + 1) * sizeof *sums);
+    const int short_of_memory = !ends || !sums;
+    if (!short_of_memory) {
+        soft_job all = {{tensors, NULL, n, ends}, sums, *slope, (int)task};
+        blocks = 0;
+        for (int64_t i = 0; i < n; i++) ends[i] = blocks += (tensors[i].size + BLOCK - 1) / BLOCK;
+        run(soft_block, &all, blocks, parallel, threads);
+        for (int64_t i = 0, block = 0; task != GRADIENT && i < n; i++) {
+            const soft_tensor *t = tensors + i;
+            soft_sums total = {0, 0};
+            for (; block < ends[i]; block++) total.moduli += sums[block].moduli, total.squares += sums[block].squares;
+            /* A strength of 0 times an infinite sum would be NaN. */
+            if (t->l1 != 0) *value += t->l1 * total.moduli;
+            if (t->l2 != 0) *value += t->l2 * total.squares;
+        }
+    }
+    free(ends), free(sums);
+    return short_of_memory;
+}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-VERSION = 3
+VERSION = 4
 """That of the tables which the functions take; `native.c` has the same."""
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -27,12 +27,14 @@ class Library:
     Attributes:
         statistics: counts and sums of many weights in one pass.
         adam, sgd: one step of many weights with the prox in the same pass.
+        soft: value or gradient of λ₁Σ|w| + λ₂Σw², or both, of many weights in one pass.
         team: the address of the function that runs a task in torch's threads; 0 where there is none.
     """
 
     statistics: Any
     adam: Any
     sgd: Any
+    soft: Any
     team: int
 
     @property
@@ -57,9 +59,11 @@ def load(file: Path = FILE) -> Library | str:
         adam, sgd = library.torchreg_adam, library.torchreg_sgd
         for step in (adam, sgd):
             step.restype, step.argtypes = None, [table, table, size, table, function, size]
+        soft = library.torchreg_soft
+        soft.argtypes = [table, size, size, table, table, function, size]
     except (OSError, AttributeError) as error:
         return f"{file.name} cannot be loaded ({error}); install torchreg again, which builds it"
-    return Library(statistics, adam, sgd, _team())
+    return Library(statistics, adam, sgd, soft, _team())
 
 
 def _team() -> int:

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from torchreg import checks
 from torchreg.checks import Step
+from torchreg.kernels.soft import Soft as Soft
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-class Soft(NamedTuple):
-    """λ₁Σ|w − w₀| + λ₂Σ(w − w₀)² as numbers, which a step in one pass takes; w₀ is 0 where there is no anchor."""
-
-    l1: float
-    l2: float
-    anchor: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -51,8 +44,9 @@ class Penalty(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if {"_prox", "prox", "prox_"} & vars(cls).keys() and "_soft" not in vars(cls):
-            cls._soft = Penalty._soft  # type: ignore[method-assign]  # what it inherits is of another prox
+        own = {"_value", "__call__", "_prox", "prox", "prox_"} & vars(cls).keys()
+        if own and "_soft" not in vars(cls):
+            cls._soft = Penalty._soft  # type: ignore[method-assign]  # what it inherits is of another value or prox
 
     def __post_init__(self) -> None:
         kind = type(self).__name__
@@ -168,7 +162,7 @@ class Penalty(ABC):
         """The prox for checked weights in float32 or wider; a tensor step is taken on trust."""
 
     def _soft(self) -> Soft | None:
-        """Ω as numbers, if it is a sum of |w| and w²; else None, and the prox is a pass of its own."""
+        """Ω as numbers, if it is a sum of |w| and w²; else None: value and prox are passes of their own."""
         return None
 
     def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:

@@ -1,0 +1,147 @@
+"""λ₁Σ|w − w₀| + λ₂Σ(w − w₀)² of many weights: values, gradients, or both, in one pass over them."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
+from torch.nn import Parameter
+
+from torchreg.kernels.choice import native
+from torchreg.kernels.native import DTYPES
+
+VALUE, GRADIENT, BOTH = 0, 1, 2
+"""The tasks, as `native.c` numbers them."""
+
+PACK = struct.Struct("=5q2d").pack
+"""A `soft_tensor` of `native.c`."""
+
+
+class Soft(NamedTuple):
+    """λ₁Σ|w − w₀| + λ₂Σ(w − w₀)² as numbers, which a kernel of one pass takes; w₀ is 0 where there is no anchor."""
+
+    l1: float
+    l2: float
+    anchor: Tensor | None = None
+
+
+def available() -> bool:
+    """The native library can serve now: nothing watches or transforms torch's operations, from which C would hide."""
+    return (
+        native() is not None
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
+    )
+
+
+def serves(w: Tensor, anchor: Tensor | None) -> bool:
+    """C can read this weight: dense memory on the CPU in float32 or float64, and no subclass that may hold no data."""
+    return (
+        type(w) in (Tensor, Parameter)
+        and w.is_cpu
+        and w.dtype in (torch.float32, torch.float64)
+        and w.layout is torch.strided
+        and torch._C._has_storage(w)  # a transform's wrapper has none
+        # `empty_like` keeps the strides of dense memory alone.
+        and (w.is_contiguous() or torch.empty_like(w).stride() == w.stride())
+        and not w.is_neg()
+        and (anchor is None or (matches(anchor, w) and not anchor.requires_grad))
+    )
+
+
+def matches(other: Tensor, w: Tensor) -> bool:
+    """Entry i of `other` lies where entry i of `w` does, and is of its dtype."""
+    return (
+        type(other) in (Tensor, Parameter)
+        and other.is_cpu
+        and other.dtype is w.dtype
+        and other.layout is torch.strided
+        and other.shape == w.shape
+        and other.stride() == w.stride()
+        and not other.is_neg()
+    )
+
+
+def value(weights: Sequence[Tensor], penalties: Sequence[Soft]) -> Tensor:
+    """The penalty of all weights: a 0-d tensor that autograd can follow, to second derivatives too.
+
+    Args:
+        weights: such as `serves` takes, all of one dtype, while the library is `available`.
+        penalties: one for each weight.
+    Returns:
+        A tensor of the weights' dtype. It is summed in float64, in the same order for any number of threads.
+    """
+    return _Value.apply(penalties, *weights)
+
+
+def add_gradients_(weights: Sequence[Tensor], penalties: Sequence[Soft]) -> Tensor:
+    """Adds the gradient to `.grad` of every weight, which `matches` it or is None, and returns the value."""
+    gradients = []
+    for w in weights:
+        if w.grad is None:
+            w.grad = torch.zeros_like(w)
+        gradients.append(w.grad)
+    found = _run(BOTH, weights, penalties, gradients, None)
+    increment_version(gradients)
+    return found
+
+
+class _Value(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, penalties: Sequence[Soft], *weights: Tensor) -> Tensor:
+        ctx.penalties = penalties
+        ctx.save_for_backward(*weights)
+        return _run(VALUE, weights, penalties, [None] * len(weights), None)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        weights, penalties = ctx.saved_tensors, ctx.penalties
+        if torch.is_grad_enabled() or not (available() and torch._C._has_storage(slope)):
+            return None, *(_gradient(slope, w, penalty) for w, penalty in zip(weights, penalties, strict=True))
+        gradients = [torch.empty_like(w) for w in weights]
+        _run(GRADIENT, weights, penalties, gradients, slope)
+        return None, *gradients
+
+
+def _gradient(slope: Tensor, w: Tensor, penalty: Soft) -> Tensor:
+    """The same in torch, differentiable in `slope` and `w`."""
+    away = w if penalty.anchor is None else w - penalty.anchor
+    gradient = slope * penalty.l1 * away.sign()
+    return gradient + slope * penalty.l2 * (2 * away) if penalty.l2 else gradient
+
+
+def _run(
+    task: int,
+    weights: Sequence[Tensor],
+    penalties: Sequence[Soft],
+    gradients: Sequence[Tensor | None],
+    slope: Tensor | None,
+) -> Tensor:
+    """Carries out a task; returns the value, which is 0 for `GRADIENT`."""
+    library = native()
+    assert library is not None
+    table = b"".join(
+        PACK(
+            w.data_ptr(),
+            0 if gradient is None else gradient.data_ptr(),
+            0 if penalty.anchor is None else penalty.anchor.data_ptr(),
+            w.numel(),
+            DTYPES[w.dtype],
+            penalty.l1,
+            penalty.l2,
+        )
+        for w, gradient, penalty in zip(weights, gradients, penalties, strict=True)
+    )
+    found = torch.zeros((), dtype=torch.float64, device="cpu")  # a default device may be another
+    at = torch.ones_like(found) if slope is None else slope.to(torch.float64)
+    if library.soft(table, len(penalties), task, found.data_ptr(), at.data_ptr(), library.team, library.threads):
+        raise MemoryError("no memory for the sums of the penalties; free some, or set TORCHREG_BACKEND=torch")
+    return found.to(weights[0].dtype)

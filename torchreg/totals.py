@@ -1,0 +1,73 @@
+"""Sums of many penalties: those of |w| and w² in one pass over all of their weights, the others one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchreg.kernels import soft
+from torchreg.penalties import Penalty
+
+Item = tuple[str, Tensor, Penalty]
+"""A key, a weight and its penalty; values are summed by key."""
+
+
+class Batch(NamedTuple):
+    """Weights of one key and dtype, which the native library takes together."""
+
+    weights: list[Tensor]
+    penalties: list[soft.Soft]
+
+
+def values(items: Iterable[Item]) -> Iterator[tuple[str, Tensor]]:
+    """(key, value) of parts that sum to the penalties, and that autograd can follow."""
+    batches, rest = _batched(items)
+    for key, batch in batches:
+        yield key, soft.value(*batch)
+    for key, w, penalty in rest:
+        yield key, penalty(w)
+
+
+def add_gradients_(items: Iterable[Item]) -> Iterator[tuple[str, Tensor]]:
+    """Adds the gradients to `.grad`, as `backward()` of the sum would, and gives the values without a graph."""
+    # The caller may well be in no_grad: the gradients are asked for all the same.
+    with torch.inference_mode(False), torch.enable_grad():
+        batches, rest = _batched(items, into_grad=True)
+        ones = [(key, penalty(w)) for key, w, penalty in rest]
+        followed = [value for _, value in ones if value.requires_grad]
+        if followed:
+            torch.autograd.backward(followed)
+    for key, batch in batches:
+        yield key, (soft.add_gradients_ if batch.weights[0].requires_grad else soft.value)(*batch)
+    for key, value in ones:
+        yield key, value.detach()
+
+
+def _batched(items: Iterable[Item], into_grad: bool = False) -> tuple[list[tuple[str, Batch]], list[Item]]:
+    """What the native library takes, and the rest."""
+    batches: dict[tuple[str, torch.dtype, bool], Batch] = {}
+    rest = []
+    available = soft.available()
+    for item in items:
+        key, w, penalty = item
+        terms = penalty._soft() if available else None
+        if terms is None or not soft.serves(w, terms.anchor) or (into_grad and not _takes_gradient(w)):
+            rest.append(item)
+            continue
+        # A sum of weights that train and others would give the others a graph.
+        weights, penalties = batches.setdefault((key, w.dtype, w.requires_grad), Batch([], []))
+        weights.append(w)
+        penalties.append(terms)
+    return [(key, batch) for (key, _, _), batch in batches.items()], rest
+
+
+def _takes_gradient(w: Tensor) -> bool:
+    """Adding to `.grad` in memory is all that `backward()` would do."""
+    if not w.requires_grad:
+        return True
+    if not w.is_leaf or w._backward_hooks or w._post_accumulate_grad_hooks:
+        return False
+    return w.grad is None or (soft.matches(w.grad, w) and not w.grad.requires_grad)
