@@ -3,12 +3,12 @@
     python benchmarks/penalty.py --short
     python benchmarks/penalty.py --json penalty.json
 
-Every figure is a ratio: the time that a way of adding the penalty takes, over that of the naive way in the same turn,
-`loss + lam * sum(p.abs().sum() for p in weights)` and its `backward()`. The ways take turns in one process, each turn with
-a plain step beside them, whose time is taken off all of them; a row has the median over the turns with the quartiles. A
-step is the loss, `backward()` and gradients set to None again; the data's part of it is a loss that hands every weight a
-gradient, at the cost of one copy. One thread is timed by its own processor time, which other programs on the machine
-disturb least; several by the clock. The ways:
+Every figure is a ratio: the time that a way of adding the penalty takes, over that of the naive way in the same run,
+`loss + lam * sum(p.abs().sum() for p in weights)` and its `backward()`. The ways take turns in one process with a plain
+step, whose median is taken off all of them; a row has the median over the turns with the quartiles. A step is the loss,
+`backward()` and gradients set to None again; the data's part of it is a loss that hands every weight a gradient, at the
+cost of one copy. One thread is timed by its own processor time, which other programs on the machine disturb least;
+several by the clock. The ways:
 
 - reg(): `loss + reg()` and its `backward()`, with the native kernel; target 0.50.
 - add_gradient_(): `reg.add_gradient_()` after the `backward()` of the bare loss, likewise; target 0.25.
@@ -35,7 +35,7 @@ LAMBDA = 1e-6
 
 
 class Data(torch.autograd.Function):
-    """A layer of a loss that hands its weight a gradient in fresh memory, one layer after the other, as a network does."""
+    """A layer of a loss that hands its weight a gradient in fresh memory, layer after layer, as a network does."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:

@@ -513,12 +513,14 @@ class Regularizer:
         if not self._enabled:
             return
         held = {id_ for route in self._live_routes() for id_ in route.held()}
+        compiling = torch.compiler.is_compiling()
         for bound in bounds:
             parameter = bound.parameter()
-            penalty = bound.penalty
-            if not penalty.is_zero:
-                w = parameter.detach() if id(parameter) in held else parameter
-                yield bound.term.key if by_term else "", w, penalty
+            w = parameter.detach() if id(parameter) in held else parameter
+            if compiling:
+                yield bound.term.key, w, bound.compiled_penalty(w)
+            elif not bound.penalty.is_zero:
+                yield bound.term.key if by_term else "", w, bound.penalty
 
     def _live_routes(self) -> Iterator[Route]:
         """The attached optimizers. One that has died leaves its parameters to the loss route, said once."""

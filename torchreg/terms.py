@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchreg import checks
@@ -28,9 +29,11 @@ class Term:
 
     key: str
     factor: float
+    mirror: Tensor
 
     def __init__(self, key: str, penalty: Penalty, factor: float = 1.0) -> None:
         self.__dict__.update(key=key, factor=factor, version=0, base=penalty)
+        self._mirror()
 
     @property
     def penalty(self) -> Penalty:
@@ -60,6 +63,13 @@ class Term:
         else:
             self.__dict__["base"] = dataclasses.replace(self.base, **{name: number})
         self.__dict__["version"] += 1
+        self._mirror()
+
+    def _mirror(self) -> None:
+        """Keeps the strengths in force as a tensor too, which is an input of a compiled graph: it need not recompile."""
+        numbers = [strength * self.factor for strength in self.strengths.values()]
+        with torch.inference_mode(False):
+            self.__dict__["mirror"] = torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
     def __repr__(self) -> str:
         return f"Term({self.key!r}, {self.base!r}, factor={self.factor!r})"
@@ -95,6 +105,12 @@ class Bound:
                 penalty if self.anchor is None else Toward(penalty, self.anchor),
             )
         return self._cached[1]
+
+    def compiled_penalty(self, w: Tensor) -> Penalty:
+        """`penalty` for a graph of `w` that stays the same when strengths change."""
+        numbers = (self.term.mirror * self.scale).to(checks.widened(w).real.dtype)
+        penalty = self.term.base._under(numbers.unbind())
+        return penalty if self.anchor is None else Toward(penalty, self.anchor)
 
     def parameter(self) -> Tensor:
         """The parameter as it is now, with the anchor on its device."""

@@ -33,8 +33,8 @@ class Soft(NamedTuple):
 def available() -> bool:
     """The native library can serve now: nothing watches or transforms torch's operations, from which C would hide."""
     return (
-        native() is not None
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()  # first: a graph would break at what else is asked here
+        and native() is not None
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._get_tracing_state() is None

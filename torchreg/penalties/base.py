@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -164,6 +165,19 @@ class Penalty(ABC):
     def _soft(self) -> Soft | None:
         """Ω as numbers, if it is a sum of |w| and w²; else None: value and prox are passes of their own."""
         return None
+
+    def _under(self, strengths: Sequence[Tensor]) -> Self:
+        """The same penalty with 0-d tensors for its strengths, so that a compiled graph takes them as inputs.
+
+        It has a value alone: strengths are trusted, and its prox is of no use.
+        """
+        new = object.__new__(type(self))
+        given = dict(zip(self.strengths, strengths, strict=True))
+        for field in dataclasses.fields(self):
+            # A strength's number is not read: a compiled graph would be one of that number.
+            value = given[field.name] if field.name in given else getattr(self, field.name)
+            object.__setattr__(new, field.name, value)
+        return new
 
     def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
         """The element of ∂Ω(w) nearest to −gradient, in `w`'s shape."""
