@@ -66,7 +66,7 @@ class Term:
         self._mirror()
 
     def _mirror(self) -> None:
-        """Keeps the strengths in force as a tensor too, which is an input of a compiled graph: it need not recompile."""
+        """Keeps the strengths in force as a tensor too: an input of compiled graphs, which need not recompile."""
         numbers = [strength * self.factor for strength in self.strengths.values()]
         with torch.inference_mode(False):
             self.__dict__["mirror"] = torch.tensor(numbers, dtype=torch.float64, device="cpu")
