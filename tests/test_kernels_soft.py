@@ -239,7 +239,8 @@ def called(model: nn.Module, reg: Regularizer) -> Formula:
 @uses_jit
 def test_transforms_of_torch_func_go_through(penalty: Penalty, formula: Formula) -> None:
     model = nn.Linear(3, 2, bias=False)
-    value = called(model, Regularizer(model, penalty))
+    reg = Regularizer(model, penalty)
+    value = called(model, reg)
     w, tangent, many = torch.randn(2, 3), torch.randn(2, 3), torch.randn(4, 2, 3)
     close = torch.testing.assert_close
     close(torch.func.grad(value)(w), torch.func.grad(formula)(w))
@@ -247,6 +248,8 @@ def test_transforms_of_torch_func_go_through(penalty: Penalty, formula: Formula)
     close(torch.func.vmap(torch.func.grad(value))(many), torch.func.vmap(torch.func.grad(formula))(many))
     close(torch.func.jvp(value, (w,), (tangent,)), torch.func.jvp(formula, (w,), (tangent,)))
     close(torch.func.hessian(value)(w), torch.func.hessian(formula)(w))
+    # The weight is no part of this transform, and still within it.
+    close(torch.func.vmap(lambda x: x.sum() + reg())(many), many.sum((1, 2)) + formula(model.weight))
 
 
 @every_formula

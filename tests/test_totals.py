@@ -110,7 +110,6 @@ def test_frozen_and_held_parameters_are_left_alone_and_still_count(backend: str)
     model = mlp()
     reg = tr.Regularizer(model, {"fc*.weight": tr.L1(0.5), "norm.weight": tr.L2(1.0)})
     model.norm.weight.requires_grad_(False)
-    tr.optim.attach(torch.optim.SGD([model.fc1.weight], lr=0.1), reg, partial=True)
     optimizer = torch.optim.SGD([model.fc1.weight], lr=0.1)
     handle = tr.optim.attach(optimizer, reg, partial=True)
     value = reg.add_gradient_()
@@ -135,7 +134,9 @@ def test_zeros_that_are_kept_stay_without_a_gradient(backend: str) -> None:
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[0.0, 1.0, -1.0]]))
     reg = tr.Regularizer(model, tr.L2(0.5), toward={"weight": torch.full((1, 3), 2.0)})
-    with tr.freeze_zeros(reg, torch.optim.SGD(model.parameters(), lr=0.1)):
+    zeros = tr.Regularizer(model, tr.L1(0.5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tr.freeze_zeros(zeros, optimizer):
         reg.add_gradient_()
         assert model.weight.grad.tolist() == [[0.0, -1.0, -3.0]]
 

@@ -49,7 +49,6 @@ def serves(w: Tensor, anchor: Tensor | None) -> bool:
         and w.is_cpu
         and w.dtype in (torch.float32, torch.float64)
         and w.layout is torch.strided
-        and torch._C._has_storage(w)  # a transform's wrapper has none
         # `empty_like` keeps the strides of dense memory alone.
         and (w.is_contiguous() or torch.empty_like(w).stride() == w.stride())
         and not w.is_neg()
@@ -104,7 +103,7 @@ class _Value(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         weights, penalties = ctx.saved_tensors, ctx.penalties
-        if torch.is_grad_enabled() or not (available() and torch._C._has_storage(slope)):
+        if torch.is_grad_enabled() or not (available() and torch._C._has_storage(slope)):  # a batched slope has none
             return None, *(_gradient(slope, w, penalty) for w, penalty in zip(weights, penalties, strict=True))
         gradients = [torch.empty_like(w) for w in weights]
         _run(GRADIENT, weights, penalties, gradients, slope)
