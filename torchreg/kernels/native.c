@@ -379,9 +379,9 @@ static void soft_block(void *data, int64_t block) {
                                            : torchreg_soft_double(t, all->slope, first, last, all->task);
 }
 
-/* Adds the penalties to `value` (task VALUE); writes their gradients times `slope` (GRADIENT); or does the first and adds
-   the gradients to what is there (BOTH). The sum is the same for any number of threads: that of blocks, added in order.
-   0, or 1 where memory is short: then nothing has changed. */
+/* Adds the penalties to `value` (task VALUE); writes their gradients times `slope`, or times 1 for null (GRADIENT); or
+   does the first and adds the gradients to what is there (BOTH). The sum is the same for any number of threads: that of
+   blocks, added in order. 0, or 1 where memory is short: then nothing has changed. */
 EXPORT int torchreg_soft(const soft_tensor *tensors, int64_t n, int64_t task, double *value, const double *slope,
                          team parallel, int64_t threads) {
     int64_t blocks = 0;
@@ -390,7 +390,7 @@ EXPORT int torchreg_soft(const soft_tensor *tensors, int64_t n, int64_t task, do
     soft_sums *sums = malloc((size_t)(blocks + 1) * sizeof *sums);
     const int short_of_memory = !ends || !sums;
     if (!short_of_memory) {
-        soft_job all = {{tensors, NULL, n, ends}, sums, *slope, (int)task};
+        soft_job all = {{tensors, NULL, n, ends}, sums, slope ? *slope : 1, (int)task};
         blocks = 0;
         for (int64_t i = 0; i < n; i++) ends[i] = blocks += (tensors[i].size + BLOCK - 1) / BLOCK;
         run(soft_block, &all, blocks, parallel, threads);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -90,7 +91,7 @@ def add_gradients_(weights: Sequence[Tensor], penalties: Sequence[Soft]) -> Tens
         gradients.append(w.grad)
     found = _run(BOTH, weights, penalties, gradients, None)
     increment_version(gradients)
-    return found
+    return _tensor(found, weights[0])
 
 
 class _Value(torch.autograd.Function):
@@ -98,7 +99,7 @@ class _Value(torch.autograd.Function):
     def forward(ctx: Any, penalties: Sequence[Soft], *weights: Tensor) -> Tensor:
         ctx.penalties = penalties
         ctx.save_for_backward(*weights)
-        return _run(VALUE, weights, penalties, [None] * len(weights), None)
+        return _tensor(_run(VALUE, weights, penalties, [None] * len(weights), None), weights[0])
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
@@ -123,7 +124,7 @@ def _run(
     penalties: Sequence[Soft],
     gradients: Sequence[Tensor | None],
     slope: Tensor | None,
-) -> Tensor:
+) -> float:
     """Carries out a task; returns the value, which is 0 for `GRADIENT`."""
     library = native()
     assert library is not None
@@ -139,8 +140,13 @@ def _run(
         )
         for w, gradient, penalty in zip(weights, gradients, penalties, strict=True)
     )
-    found = torch.zeros((), dtype=torch.float64, device="cpu")  # a default device may be another
-    at = torch.ones_like(found) if slope is None else slope.to(torch.float64)
-    if library.soft(table, len(penalties), task, found.data_ptr(), at.data_ptr(), library.team, library.threads):
+    found = array("d", [0.0])
+    at = None if slope is None else slope.to(torch.float64)
+    address = 0 if at is None else at.data_ptr()
+    if library.soft(table, len(penalties), task, found.buffer_info()[0], address, library.team, library.threads):
         raise MemoryError("no memory for the sums of the penalties; free some, or set TORCHREG_BACKEND=torch")
-    return found.to(weights[0].dtype)
+    return found[0]
+
+
+def _tensor(value: float, w: Tensor) -> Tensor:
+    return torch.tensor(value, dtype=w.dtype, device="cpu")  # a default device may be another
