@@ -16,9 +16,11 @@ from torch.nn.utils.prune import l1_unstructured
 from torch.optim import ASGD, SGD, Optimizer
 
 import torchreg as tr
+from tests.backends import backend as backend
 from tests.cases import CASES
 from tests.models import MLP, Bare, Counted, Reads, array, batch, mlp, same, snapshot
 from tests.test_zeros import dense, every_layer, prune
+from torchreg import units
 from torchreg.monitor import reading
 from torchreg.optim.step_sizes import STOCK
 
@@ -103,6 +105,14 @@ def test_keys_are_safe_in_every_logger_and_never_collide():
     assert len([key for key in found if key.startswith("sparsity/")]) == 3
 
 
+def test_a_weight_named_total_does_not_hide_the_total():
+    model = nn.Module()
+    model.total, model.other = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.ones(3, 4))
+    found = tr.measure(model)
+    assert found["sparsity_near_zero/total"] == 4 / 16
+    assert found["sparsity_near_zero/total_2"] == 1
+
+
 def test_a_tied_weight_counts_once_and_a_pruned_one_as_the_model_computes_with_it():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
@@ -160,6 +170,17 @@ def test_churn_is_what_became_zero_or_nonzero_since_the_last_call():
     assert tr.measure(model)["support_churn/total"] == 0  # another target, and its first call
 
 
+def test_churn_goes_on_after_a_call_in_inference_mode(backend):
+    model = mlp()
+    with torch.inference_mode():
+        tr.measure(model)
+    with torch.no_grad():
+        model.fc1.weight[0, :3] = 0
+    assert tr.measure(model)["support_churn/total"] == 3 / 45
+    with torch.inference_mode():
+        assert tr.measure(model)["support_churn/total"] == 0
+
+
 def test_keys_are_the_same_in_every_call():
     model = mlp()
     reg = tr.Regularizer(model, tr.L1(0.1))
@@ -182,6 +203,22 @@ def test_what_is_remembered_keeps_nothing_alive():
     del reg, model
     gc.collect()
     assert [reference() for reference in gone] == [None, None]
+
+
+def test_of_sharded_weights_one_is_whole_at_a_time(monkeypatch):
+    model, gathered = mlp(), []
+
+    def whole(entry):
+        assert not any(w() is not None for w in gathered)
+        w = entry.parameter.detach().clone()
+        gathered.append(weakref.ref(w))
+        return w
+
+    expected = tr.measure(model)
+    monkeypatch.setattr(units, "weights", whole)
+    model.fc1.weight.full_tensor = model.fc1.weight.detach  # as a DTensor has it
+    assert tr.measure(model) == expected
+    assert len(gathered) == 2
 
 
 def test_a_weight_of_another_shape_starts_anew():
@@ -363,6 +400,15 @@ def test_a_certificate_stands_among_the_numbers():
     assert found["stationarity/relative"] == certificate.relative
     assert found["stationarity/rest"] == certificate.rest
     assert found["stationarity/term.fc1_"] == certificate.by_term["fc1*"]
+
+
+def test_a_certificate_of_other_terms_is_refused():
+    model = mlp()
+    x, y = batch()
+    certificate = tr.stationarity(tr.Regularizer(model, tr.L1(0.1)), lambda: (model(x) - y).square().mean())
+    for target in (model, tr.Regularizer(model, tr.L2(0.1))):
+        with pytest.raises(ValueError, match=r"of the terms \['l1'\].*; measure the regularizer that"):
+            tr.measure(target, stationarity=certificate)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 from torch.utils.tensorboard import SummaryWriter
 
+from torchreg.kernels import choice
 from torchreg.monitor import event_file
 from torchreg.monitor.measurement import Gauge
 
@@ -238,6 +239,19 @@ def test_a_certificate_has_tags_of_its_own(tmp_path):
     for name in ("total", "relative", "rest"):
         assert found[f"stationarity/{name}"][0] == pytest.approx(getattr(certificate, name))
     assert found["stationarity/term.l1"][0] == pytest.approx(certificate.by_term["l1"])
+
+
+def test_a_certificate_of_other_terms_is_one_warning_and_nothing_else_is_lost(tmp_path, warned):
+    model = mlp()
+    x, y = batch()
+    certificate = tr.stationarity(tr.Regularizer(model, tr.L2(0.1)), lambda: nn.functional.mse_loss(model(x), y))
+    with tr.TensorBoardMonitor(tmp_path, l1(model), budget=None) as monitor:
+        for step in range(3):
+            monitor.log(step, loss=1.0, certificate=certificate, extra=2.0)
+    [message] = warned()
+    assert "certificate is left out" in message
+    found = scalars(tmp_path)
+    assert len(found["overview/loss"]) == len(found["overview/extra"]) == len(found["overview/sparsity"]) == 3
 
 
 def test_learning_rates_come_from_the_optimizer_or_from_the_caller(tmp_path):
@@ -681,6 +695,19 @@ def test_weights_that_are_not_finite_or_at_the_ends_do_no_harm(tmp_path, value, 
     found = scalars(tmp_path)
     assert found["overview/sparsity"] == {0: 0, 1: 0}
     assert len(pictures(tmp_path)) == 4
+
+
+def test_another_default_device_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv(choice.VARIABLE, "torch")
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 4))
+    for device in ("cpu", "meta"):  # as cuda is: a tensor that lands there meets those of the CPU no more
+        with torch.device(device), tr.TensorBoardMonitor(tmp_path / device, l1(model), budget=None) as monitor:
+            monitor.log(0, loss=1.0)
+            monitor.log(1, loss=1.0)
+    assert scalars(tmp_path / "meta") == scalars(tmp_path / "cpu")
+    found, expected = pictures(tmp_path / "meta"), pictures(tmp_path / "cpu")
+    assert found.keys() == expected.keys()
+    assert all((found[tag] == expected[tag]).all() for tag in found)
 
 
 class Parameters(nn.Module):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import torchreg as tr
-from tests.models import mlp
+from tests.models import batch, mlp
 from tests.test_monitor import pictures, scalars, texts
 
 pytestmark = pytest.mark.skipif(
@@ -31,6 +31,15 @@ def model() -> nn.Module:
         net.fc1.weight[0] = 0
         net.fc2.weight[1, 1:] = 0
     return net
+
+
+def step(net: nn.Module, reg: tr.Regularizer) -> torch.optim.Optimizer:
+    """Takes a step with a prox; what comes back carries it."""
+    optimizer = tr.optim.ProxAdam(net.parameters(), lr=1e-2, regularizer=reg)
+    x, y = batch()
+    nn.functional.mse_loss(net(x), y).backward()
+    optimizer.step()
+    return optimizer
 
 
 def log(reg: tr.Regularizer, folder: Path, full: bool = False) -> None:
@@ -63,6 +72,10 @@ def work(rank: int, folder: Path) -> None:
             warnings.simplefilter("always", UserWarning)
             log(reg, folder / run, full=run == "full" and rank == 0)
         caught[run] = [str(w.message) for w in found if "TensorBoardMonitor" in str(w.message)]
+    optimizer = step(sharded, regs["shards"])
+    stepped = tr.measure(regs["shards"])
+    optimizer.attachment.remove()
+    (folder / f"stepped.{rank}.json").write_text(json.dumps(stepped))
     (folder / f"caught.{rank}.json").write_text(json.dumps(caught))
     monitor = tr.TensorBoardMonitor(folder / "raised", regs["shards"])
     monitor.log(0)
@@ -96,6 +109,17 @@ def test_shards_are_counted_as_wholes(folder, run):
     assert expected.keys() <= found.keys()
     for tag, value in expected.items():
         assert found[tag][0] == pytest.approx(value), tag
+
+
+def test_the_threshold_of_shards_is_that_of_wholes(folder):
+    reg = tr.Regularizer(net := model(), tr.L1(1e-2))
+    optimizer = step(net, reg)
+    expected = {key: value for key, value in tr.measure(reg).items() if key.startswith("threshold/")}
+    assert optimizer.attachment.active
+    assert all(value > 0 for value in expected.values())
+    for rank in (0, 1):
+        found = json.loads((folder / f"stepped.{rank}.json").read_text())
+        assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-5)
 
 
 def test_shards_are_drawn_as_wholes(folder):

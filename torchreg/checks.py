@@ -71,3 +71,8 @@ def widened(w: Tensor) -> Tensor:
     if w.dtype in (torch.float32, torch.float64, torch.complex64, torch.complex128):
         return w
     return w.to(torch.complex64 if w.is_complex() else torch.float32)
+
+
+def gathered(w: Tensor) -> Tensor:
+    """All of `w` where each process has a shard of it (a DTensor): a collective, so all of them have to come here."""
+    return w.full_tensor() if hasattr(w, "full_tensor") else w

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from torchreg import checks
 from torchreg.selection import Selected
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -20,8 +21,7 @@ def weights(entry: Selected) -> Tensor:
     w = entry.parameter.detach()
     if masked(entry):
         w = w.masked_fill(getattr(entry.owner, entry.attribute.removesuffix("_orig") + "_mask") == 0, 0)
-    # Each process has a shard of a DTensor. Gathering is a collective: all of them have to come here.
-    return w.full_tensor() if hasattr(w, "full_tensor") else w
+    return checks.gathered(w)
 
 
 def nonzero(entry: Selected) -> Tensor:

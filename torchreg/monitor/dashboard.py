@@ -225,7 +225,12 @@ class TensorBoardMonitor:
                 yield "overview/loss_data", value._data
                 yield "overview/objective", value.total
             elif isinstance(value, Stationarity):
-                yield from self._gauge.certified(value).items() if self._gauge is not None else ()
+                try:
+                    found = {} if self._gauge is None else self._gauge.certified(value)
+                except ValueError as error:
+                    self._warn(name, f"{name} is left out: {error}")
+                else:
+                    yield from found.items()
             elif name == "lr" and isinstance(value, (list, tuple)):
                 ends = [""] if len(value) == 1 else [f".{i}" for i in range(len(value))]
                 yield from ((_TAGS["lr"] + end, rate) for end, rate in zip(ends, value, strict=True))
@@ -240,7 +245,7 @@ class TensorBoardMonitor:
         for tag, value in values.items():
             try:
                 if isinstance(value, Tensor) and value.numel() == 1 and not (value.is_complex() or value.is_meta):
-                    tensors[tag] = (value.full_tensor() if hasattr(value, "full_tensor") else value).reshape(())
+                    tensors[tag] = checks.gathered(value).reshape(())
                 else:
                     numbers[tag] = float(value.item() if hasattr(value, "item") else value)
             except Exception:  # whatever an object of the user's raises

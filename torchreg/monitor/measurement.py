@@ -83,7 +83,8 @@ def measure(
     Returns:
         Plain floats. Reading them waits for each device once, however many layers there are.
     Raises:
-        TypeError, ValueError: `near_zero` is no number ≥ 0, `target` is neither, or it has no weights.
+        TypeError, ValueError: `near_zero` is no number ≥ 0, `target` is neither, or it has no weights, or
+            `stationarity` is that of other terms.
 
     >>> model = nn.Sequential(nn.Linear(4, 2))
     >>> with torch.no_grad():
@@ -132,10 +133,10 @@ class Gauge:
     def read(self, near_zero: float, also: Sequence[Tensor] = ()) -> tuple[dict[str, float], list[float]]:
         """The numbers of `measure`, and those of the 0-d tensors `also`, in one read of each device."""
         weights = self._weights()
-        summaries = summarize(
-            [weight.w for weight in weights], near_zero, [self._supports[weight.entry.name] for weight in weights]
-        )
-        tensors = [weight.tensors(summary) for weight, summary in zip(weights, summaries, strict=True)]
+        if any(hasattr(weight.entry.parameter, "full_tensor") for weight in weights):  # one is whole at a time
+            tensors = [own for weight in weights for own in self._tensors([weight], near_zero)]
+        else:
+            tensors = self._tensors(weights, near_zero)
         numbers_read, self.waited = read([*itertools.chain.from_iterable(tensors), *also])
         found = iter(numbers_read)
         rows = [weight.numbers([next(found) for _ in own]) for weight, own in zip(weights, tensors, strict=True)]
@@ -145,20 +146,31 @@ class Gauge:
 
     def certified(self, found: Stationarity) -> dict[str, float]:
         """A certificate by its tags."""
+        if strange := found.by_term.keys() - self.terms.keys():
+            raise ValueError(
+                f"the certificate is of the terms {sorted(strange)}, which what is measured does not have; measure the "
+                "regularizer that stationarity(reg, closure) was given"
+            )
         numbers = {f"stationarity/{name}": getattr(found, name) for name in ("total", "relative", "rest")}
         return numbers | {f"stationarity/term.{self.terms[key]}": value for key, value in found.by_term.items()}
+
+    def _tensors(self, weights: Sequence[_Weight], near_zero: float) -> list[list[Tensor]]:
+        """What is to be read of each weight, all in one pass over them."""
+        whole = [units.weights(weight.entry) for weight in weights]
+        summaries = summarize(whole, near_zero, [self._supports[weight.entry.name] for weight in weights])
+        return [weight.tensors(w, summary) for weight, w, summary in zip(weights, whole, summaries, strict=True)]
 
     def _weights(self) -> list[_Weight]:
         """The weights as they are now, with what acts on them."""
         target, entries = self._target(), self.entries()
-        weights = [_Weight(entry, units.weights(entry)) for entry in entries]
+        weights = [_Weight(entry, entry.parameter.shape) for entry in entries]
         for weight in weights:
-            known = self._supports.get(weight.entry.name)
-            weight.seen = known is not None and known.shape == weight.w.shape and known.device == weight.w.device
+            known, device = self._supports.get(weight.entry.name), weight.entry.parameter.device
+            weight.seen = known is not None and known.shape == weight.shape and known.device == device
             if not weight.seen:
-                self._supports[weight.entry.name] = torch.zeros_like(
-                    weight.w, dtype=torch.bool, memory_format=torch.contiguous_format
-                )
+                with torch.inference_mode(False):  # one made in inference mode could not be written to after it
+                    fresh = torch.zeros(weight.shape, dtype=torch.bool, device=device)
+                self._supports[weight.entry.name] = fresh
         if isinstance(target, Regularizer) and target.enabled:
             routes = [route for route in target._live_routes() if isinstance(route, Attachment)]
             steps = {id_: step for route in routes for id_, step in route.present_steps().items()}
@@ -173,7 +185,9 @@ class Gauge:
         assert weight.penalty is not None
         known = self._limits.get(weight.entry.name)
         if known is None or known[0] is not weight.penalty:
-            ones = torch.ones(()).expand((1,) * weight.w.dim() if weight.penalty.separable else weight.w.shape)
+            ones = torch.ones((), device="cpu").expand(
+                (1,) * len(weight.shape) if weight.penalty.separable else weight.shape
+            )
             try:
                 norm = weight.penalty._dual_norm(ones).item()
             except NotImplementedError:  # a penalty without certificates
@@ -205,7 +219,7 @@ class _Weight:
     """One weight: the tensors to be read from its device, and the numbers that follow from them."""
 
     entry: Selected
-    w: Tensor
+    shape: torch.Size
     seen: bool = False  # its support was written down before
     term: str = ""
     penalty: Penalty | None = None
@@ -213,14 +227,14 @@ class _Weight:
     step: Step = 0.0
     value: float = 0.0  # of the penalty, once it is read
 
-    def tensors(self, summary: Summary) -> list[Tensor]:
-        """What is to be read, on the weight's device."""
-        living, self.inputs, self.neurons = _living(self.entry, self.w, summary)
-        found = [summary.counts, summary.sums, _quantiles(_squared_norms(self.penalty, self.w, summary)), *living]
+    def tensors(self, w: Tensor, summary: Summary) -> list[Tensor]:
+        """What is to be read, on the device of `w`: the whole weight."""
+        living, self.inputs, self.neurons = _living(self.entry, w, summary)
+        found = [summary.counts, summary.sums, _quantiles(_squared_norms(self.penalty, w, summary)), *living]
         if isinstance(self.step, Tensor):
-            found.append(self.step.median())
+            found.append(checks.gathered(self.step).median())
         if self.penalty is not None and self._by_sums() is None:
-            found.append(self.penalty(self.entry.parameter.detach()))
+            found.append(checks.gathered(self.penalty(self.entry.parameter.detach())))
         return found
 
     def numbers(self, found: Sequence[Sequence[float]]) -> list[float]:
@@ -232,7 +246,7 @@ class _Weight:
         if self.penalty is not None:
             by_sums = self._by_sums(absolute, squares)
             self.value = rest.pop()[0] if by_sums is None else by_sums
-        size = self.w.numel() or 1
+        size = self.shape.numel() or 1
         return [
             self.zeros / size,
             self.near / size,
@@ -282,7 +296,7 @@ def _quantiles(norms: Tensor) -> Tensor:
 
 
 def _overview(weights: Sequence[_Weight], rows: Sequence[Sequence[float]]) -> dict[str, float]:
-    total = sum(weight.w.numel() for weight in weights)
+    total = sum(weight.shape.numel() for weight in weights)
     zeros = sum(weight.zeros for weight in weights)
     fractions = [row[0] for row in rows]
     return {

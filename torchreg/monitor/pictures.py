@@ -16,7 +16,7 @@ from torchreg.selection import Selected
 
 # Nine of its colours; between them it is all but straight. Matplotlib takes a third of a second to import.
 _COLOURS = "440154 472d7b 3b528b 2c728e 21918c 28ae80 5ec962 addc30 fde725"
-_DEAD = torch.tensor(211, dtype=torch.uint8)  # light grey
+_DEAD = 211  # light grey
 
 
 class History:
@@ -105,9 +105,10 @@ def filter_pixels(w: Tensor, most: int = 64) -> Tensor:
 
 def _viridis(shares: Tensor) -> Tensor:
     """Shares in [0, 1] as (..., 3) bytes; white where they are not finite."""
-    table = torch.tensor([list(bytes.fromhex(colour)) for colour in _COLOURS.split()], dtype=torch.float32)
+    rows = [list(bytes.fromhex(colour)) for colour in _COLOURS.split()]
+    table = torch.tensor(rows, dtype=torch.float32, device="cpu")  # whatever the default device is
     shares = shares.detach().float().cpu()
     place = shares.nan_to_num(0.0).clamp(0, 1) * (len(table) - 1)
     below = place.floor().long().clamp(max=len(table) - 2)
     colours = torch.lerp(table[below], table[below + 1], (place - below)[..., None])
-    return colours.round().to(torch.uint8).where(shares.isfinite()[..., None], torch.tensor(255, dtype=torch.uint8))
+    return colours.round().to(torch.uint8).where(shares.isfinite()[..., None], 255)

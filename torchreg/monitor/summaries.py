@@ -92,7 +92,7 @@ def histogram(tag: str, w: Tensor) -> Any | None:
         low, high = low - abs(low) / 2, high + abs(high) / 2
     scale = len(alive) / len(sample)
     counts = torch.histc(sample, BINS, low, high) * scale
-    edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
+    edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64, device="cpu")
     return Summary.Value(
         tag=tag,
         histo=HistogramProto(

@@ -18,13 +18,13 @@ def safe(text: str) -> str:
 
 
 def unique(texts: Iterable[str]) -> dict[str, str]:
-    """A safe name for each text, none twice, and without a slash, which would open a group of its own.
+    """A safe name for each text, none twice or "total", and without a slash, which would open a group of its own.
 
     >>> unique(["fc*", "fc?", "fc"])
     {'fc*': 'fc_', 'fc?': 'fc__2', 'fc': 'fc'}
     """
     found: dict[str, str] = {}
-    taken: set[str] = set()
+    taken = {"total"}  # stands for all of them
     for text in texts:
         name = base = safe(text).replace("/", "_")
         repeats = 1

@@ -317,9 +317,9 @@ def present_step(step_size: StepSize, optimizer: Optimizer, group: dict[str, Any
     """The step that the optimizer's state gives now, for a monitor: nothing of the state moves on.
 
     Returns:
-        A number, or the steps of some 1,000 weights spread evenly over `parameter`. β₁ counts as constant, and of SGD's
-        momentum it is the coming step. It is 0 while the state that the step needs is not there, and for a `step_size`
-        of the user's that is told of each update.
+        A number, or the steps of some 1,000 weights spread evenly over `parameter`, whose sharded state is gathered. β₁
+        counts as constant, and of SGD's momentum it is the coming step. It is 0 while the state that the step needs is
+        not there, and for a `step_size` of the user's that is told of each update.
     """
     state = optimizer.state.get(parameter) or {}
     begun = _number(state["step"]) if "step" in state else state  # Adagrad has a state from the beginning
@@ -335,7 +335,7 @@ def present_step(step_size: StepSize, optimizer: Optimizer, group: dict[str, Any
     while math.gcd(stride, parameter.numel()) > 1:  # else it would see some columns again and again, and others never
         stride += 1
     seen = {
-        key: value.detach().reshape(-1)[::stride]
+        key: checks.gathered(value.detach()).reshape(-1)[::stride]
         if isinstance(value, Tensor) and value.shape == parameter.shape
         else value
         for key, value in state.items()
