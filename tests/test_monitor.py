@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import io
@@ -34,7 +35,7 @@ from tensorboard.backend.event_processing.event_accumulator import DEFAULT_SIZE_
 from tensorboard.context import RequestContext
 from tensorboard.data.grpc_provider import GrpcDataProvider, make_stub
 from tensorboard.plugins.custom_scalar import layout_pb2
-from tensorboard.plugins.hparams import metadata
+from tensorboard.plugins.hparams import api_pb2, metadata
 from torch.utils.tensorboard import SummaryWriter
 
 from torchreg.kernels import choice
@@ -617,6 +618,17 @@ def test_a_write_that_fails_is_one_warning_and_is_not_tried_again(tmp_path, warn
     assert list(scalars(tmp_path)["overview/loss"]) == [0]
 
 
+def test_a_training_that_changes_its_directory_is_logged_where_it_began(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with tr.TensorBoardMonitor("runs/l1", l1(mlp())) as monitor:
+        monkeypatch.chdir("elsewhere")
+        monitor.log(0, loss=1.0)
+        monkeypatch.chdir(tmp_path)
+        monitor.log(1, loss=2.0)
+    assert scalars(tmp_path / "runs" / "l1")["overview/loss"] == {0: 1, 1: 2}
+
+
 def test_a_directory_that_was_removed_is_one_warning(tmp_path, warned):
     monitor = tr.TensorBoardMonitor(tmp_path / "run", l1(mlp()))
     monitor.log(0, loss=0.0)
@@ -986,6 +998,35 @@ def test_many_layers_make_few_pictures_and_a_heat_map(tmp_path):
     assert max(found["weight_masks/sparsity_of_all_layers"].shape[:2]) <= 600
 
 
+def test_a_heat_map_that_cannot_be_drawn_is_one_warning_and_the_measuring_goes_on(tmp_path, warned, monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib")
+
+    def savefig(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("latex could not be found")  # as with text.usetex
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
+    with tr.TensorBoardMonitor(tmp_path, l1(net(*[3] * 10)), budget=None, images_every=1) as monitor:
+        for step in range(3):
+            monitor.log(step)
+    [message] = warned()
+    assert "latex could not be found" in message
+    assert list(scalars(tmp_path)["overview/sparsity"]) == [0, 1, 2]
+    assert len(pictures(tmp_path)) == 1 + 8
+
+
+def test_a_deep_run_that_goes_back_to_its_start_without_time_to_measure_goes_on(tmp_path, monkeypatch, warned):
+    clock = Clock(monkeypatch)
+    measured = Gauge.read
+    monkeypatch.setattr(Gauge, "read", lambda *args: (measured(*args), setattr(clock, "now", clock.now + 1.0))[0])
+    with tr.TensorBoardMonitor(tmp_path, l1(net(*[3] * 10)), budget=0.5) as monitor:
+        for step in (*range(3), *range(9)):
+            clock.now += 0.5
+            monitor.log(step, loss=0.0)
+    [message] = warned()
+    assert "what was logged from 0 on is replaced" in message
+    assert max(scalars(tmp_path)["overview/sparsity"]) == 8
+
+
 # ---------------------------------------------------------------------- hyperparameters and texts
 
 
@@ -1012,6 +1053,16 @@ def test_hyperparameters_read_back_beside_what_they_led_to(tmp_path):
     assert {"overview/sparsity", "overview/accuracy"} <= metrics <= set(read.Tags()["scalars"])
     assert read.Scalars("overview/accuracy")[-1].value == 0.75
     assert metadata.SESSION_END_INFO_TAG in read.Tags()["tensors"]
+
+
+@pytest.mark.parametrize("status", ["STATUS_SUCCESS", "STATUS_FAILURE"])
+def test_a_run_that_an_error_ends_has_failed(tmp_path, status):
+    with contextlib.suppress(ZeroDivisionError), tr.TensorBoardMonitor(tmp_path, l1(mlp())) as monitor:
+        monitor.log(0)
+        if status == "STATUS_FAILURE":
+            raise ZeroDivisionError
+    content = reader(tmp_path).SummaryMetadata(metadata.SESSION_END_INFO_TAG).plugin_data.content
+    assert metadata.parse_session_end_info_plugin_data(content).status == getattr(api_pb2, status)
 
 
 def test_the_optimizer_and_its_first_learning_rate_are_hyperparameters(tmp_path):

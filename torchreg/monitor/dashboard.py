@@ -53,10 +53,10 @@ class TensorBoardMonitor:
     Under `torch.distributed` the process of rank 0 writes, and every process calls `log`.
 
     Args:
-        writer: the log directory of this run, or a `torch.utils.tensorboard.SummaryWriter` to write into; in a resumed
-            run that one needs its `purge_step`.
+        writer: the log directory of this run, which has no other monitor, or a
+            `torch.utils.tensorboard.SummaryWriter` to write into; in a resumed run that one needs its `purge_step`.
         regularizer: what is measured.
-        every: write at every so many steps, ≥ 1.
+        every: write at every so many steps, ≥ 1. Writing what stands on a GPU waits for it.
         images_every: draw images and histograms at every so many steps, ≥ 1; None: as the budget allows, and ever less
             often; 0: never.
         budget: the share of the time that measuring may take, and drawing again as much; None is no limit. Sharded
@@ -170,15 +170,15 @@ class TensorBoardMonitor:
 
     def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
         # A process that fails alone must not wait for the others to gather their shards.
-        self._close(finish=error is None or not self._sharded)
+        self._close(finish=error is None or not self._sharded, failed=error is not None)
 
-    def _close(self, finish: bool) -> None:
+    def _close(self, finish: bool, failed: bool = False) -> None:
         if self._closed:
             return
         self._closed = True
         try:
             if finish and self._at_work and self._last_step is not None:
-                self._finish(self._last_step)
+                self._finish(self._last_step, failed)
             if self._sink is not None:
                 self._sink.close()
         except Exception as error:
@@ -288,7 +288,11 @@ class TensorBoardMonitor:
         self._drawn = step
         values = list(pictures.pictures(self._gauge.entries(), self._gauge.tags))
         if self._sink is not None and len(self._gauge.tags) > FEW and importlib.util.find_spec("matplotlib"):
-            values.append(summaries.figure("weight_masks/sparsity_of_all_layers", self._history.figure()))
+            # Here alone one process does what the others do not: it must not miss the next gathering of shards.
+            try:
+                values += [summaries.figure("weight_masks/sparsity_of_all_layers", f) for f in self._history.figures()]
+            except Exception as error:
+                self._warn("figure", f"the sparsity of all layers is not drawn: {_told(error)}")
         self._add(step, values)
         self._drawing.spend(time.thread_time() - started)
 
@@ -321,7 +325,7 @@ class TensorBoardMonitor:
         except Exception as error:
             self._stop(error)
 
-    def _finish(self, step: int) -> None:
+    def _finish(self, step: int, failed: bool) -> None:
         """The end of a run: its last state, so that no curve stops short."""
         for tag, (when, value) in self._waiting.items():
             numbers, tensors = self._taken({tag: value})
@@ -333,7 +337,7 @@ class TensorBoardMonitor:
                 self._draw(step)
             if self._gauge is not None:
                 self._add(step, [summaries.text("about/1_summary", texts.summary(sparsity(self._regularizer)))])
-        self._add(step, [summaries.end()])
+        self._add(step, [summaries.end(failed)])
 
     def _go_back(self, step: int, last: int) -> None:
         """The run went back to a checkpoint: what was written from `step` on does not hold any more."""

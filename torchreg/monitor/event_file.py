@@ -100,7 +100,8 @@ def opener(writer: str | os.PathLike[str] | SummaryWriter) -> tuple[str, Callabl
         folder = Path(writer)
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"{folder} is a file; pass a directory for the logs of this run, such as runs/l1")
-        return str(folder), lambda step: EventFile(folder, step)
+        place = folder.absolute()  # it stays where it is when the training changes its directory
+        return str(folder), lambda step: EventFile(place, step)
     from torch.utils.tensorboard import SummaryWriter
 
     if isinstance(writer, (str, os.PathLike)):  # a bucket, which TensorBoard's own writer knows how to reach

@@ -72,8 +72,8 @@ def measure(
     | `stationarity/total`, `/relative`, `/rest`, `/term.<term>` | where it is given |
 
     A tied weight counts once. For a model there are no penalties, strengths and thresholds; 0 stands for the threshold
-    of a weight on the loss route, and of one whose adaptive optimizer has taken no step. Sharded weights are gathered,
-    one after the other, so every process has to call it.
+    of a weight on the loss route, of one whose adaptive optimizer has taken no step, and under Adafactor of one without
+    its gradient. Sharded weights are gathered, one after the other, so every process has to call it.
 
     Args:
         target: a regularizer, whose selected parameters are measured, or a model, whose weights with two or more

@@ -43,10 +43,11 @@ class History:
         """Forgets what was from `step` on."""
         self._points = [point for point in self._points if point[0] < step]
 
-    def figure(self) -> Any:
-        """`plots.sparsity_over_time` of it."""
-        steps, numbers = zip(*self._points, strict=True)
-        return plots.sparsity_over_time(steps, numbers)
+    def figures(self) -> Iterator[Any]:
+        """`plots.sparsity_over_time` of it; none where nothing was measured."""
+        if self._points:
+            steps, numbers = zip(*self._points, strict=True)
+            yield plots.sparsity_over_time(steps, numbers)
 
 
 def pictures(entries: Sequence[Selected], tags: Mapping[str, str]) -> Iterator[Any]:

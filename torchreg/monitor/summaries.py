@@ -135,12 +135,13 @@ def hyperparameters(run: str, values: Mapping[str, Hyperparameter], metrics: Map
     return [*config.value, *start.value]
 
 
-def end() -> Any:
-    """A run has come to its end."""
+def end(failed: bool) -> Any:
+    """A run has come to its end, by an error or without."""
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
-    done = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS, end_time_secs=time.time())
+    status = api_pb2.STATUS_FAILURE if failed else api_pb2.STATUS_SUCCESS
+    done = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=time.time())
     return Summary.Value(
         tag=metadata.SESSION_END_INFO_TAG,
         metadata=metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=done)),
