@@ -166,7 +166,15 @@ def table(found: Sparsity, **columns: Sequence[str]) -> str:
     fc.weight  2×3       2  66.67%       1 of 3        0 of 2  float16
     total      6         2  66.67%
     """
-    rows = [
+    header, *rows = cells(found)
+    rows = [[*row, *more] for row, *more in zip(rows, *columns.values(), strict=True)]
+    return tables.render([*header, *columns], rows, right=[2, 3, 4, 5])
+
+
+def cells(found: Sparsity) -> list[list[str]]:
+    """The texts of that table: a header, a row for each layer, and one of the total."""
+    rows = [["weight", "shape", "left", "zeros", "dead inputs", "dead neurons"]]
+    rows += [
         [
             tables.printable(layer.name),
             tables.shape_text(layer.shape),
@@ -174,15 +182,11 @@ def table(found: Sparsity, **columns: Sequence[str]) -> str:
             f"{layer.fraction:.2%}",
             f"{layer.dead_inputs} of {layer.inputs}",
             f"{layer.dead_neurons} of {layer.neurons}",
-            *more,
         ]
-        for layer, *more in zip(found.layers, *(texts[:-1] for texts in columns.values()), strict=True)
+        for layer in found.layers
     ]
     left = found.weights - found.zeros
-    rows.append(["total", f"{found.weights:,}", f"{left:,}", f"{found.fraction:.2%}", "", ""])
-    rows[-1] += [texts[-1] for texts in columns.values()]
-    header = ["weight", "shape", "left", "zeros", "dead inputs", "dead neurons", *columns]
-    return tables.render(header, rows, right=[2, 3, 4, 5])
+    return [*rows, ["total", f"{found.weights:,}", f"{left:,}", f"{found.fraction:.2%}", "", ""]]
 
 
 class FrozenZeros:

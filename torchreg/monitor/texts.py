@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torchreg import tables
+from torchreg import zeros
 from torchreg.regularizer import Regularizer
 from torchreg.zeros import Sparsity
 
@@ -44,21 +44,8 @@ def regularizer(found: Regularizer) -> str:
 
 def summary(found: Sparsity) -> str:
     """The table of `sparsity()`."""
-    rows = [
-        [
-            f"`{layer.name}`",
-            tables.shape_text(layer.shape),
-            f"{layer.weights - layer.zeros:,}",
-            f"{layer.fraction:.2%}",
-            f"{layer.dead_inputs} of {layer.inputs}",
-            f"{layer.dead_neurons} of {layer.neurons}",
-        ]
-        for layer in found.layers
-    ]
-    rows.append(
-        ["**total**", f"{found.weights:,}", f"{found.weights - found.zeros:,}", f"{found.fraction:.2%}", "", ""]
-    )
-    return markdown(["weight", "shape", "left", "zeros", "dead inputs", "dead neurons"], rows)
+    header, *layers, total = zeros.cells(found)
+    return markdown(header, [*([f"`{name}`", *rest] for name, *rest in layers), ["**total**", *total[1:]]])
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
