@@ -73,7 +73,8 @@ def measure(
 
     A tied weight counts once. For a model there are no penalties, strengths and thresholds; 0 stands for the threshold
     of a weight on the loss route, of one whose adaptive optimizer has taken no step, and under Adafactor of one without
-    its gradient. Sharded weights are gathered, one after the other, so every process has to call it.
+    its gradient. Sharded weights are gathered, one after the other, so every process has to call it. From call to call
+    it remembers which weights were zero: a byte a weight, on its device.
 
     Args:
         target: a regularizer, whose selected parameters are measured, or a model, whose weights with two or more
