@@ -529,3 +529,10 @@ def test_learning_rate_is_the_group_s_own() -> None:
     groups = optimizer.param_groups
     found = [tr.optim.learning_rate(optimizer, group, group["params"][0]) for group in groups]
     assert found == pytest.approx([0.1, 0.3])
+
+
+def test_the_first_step_of_asgd_is_a_number_whatever_the_default_device_is() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = ASGD([parameter], lr=0.5)
+    with torch.device("meta"):
+        assert step_sizes.STOCK[ASGD](optimizer, optimizer.param_groups[0], parameter) == 0.5

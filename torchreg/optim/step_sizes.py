@@ -122,8 +122,9 @@ class ASGDStep:
     def __call__(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step:
         eta = optimizer.state.get(parameter, {}).get("eta")
         if eta is None:  # before the first update, which rounds lr to its counters' type
-            double = torch.get_default_dtype() == torch.float64
-            eta = torch.as_tensor(group["lr"], dtype=torch.float64 if double else torch.float32)
+            lr, double = group["lr"], torch.get_default_dtype() == torch.float64
+            place = lr.device if isinstance(lr, Tensor) else "cpu"  # and not the default device
+            eta = torch.as_tensor(lr, dtype=torch.float64 if double else torch.float32, device=place)
         return _number(eta)
 
 
