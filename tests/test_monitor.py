@@ -767,6 +767,18 @@ def test_lazy_modules_get_their_shapes_after_the_monitor_is_built(tmp_path):
     assert scalars(tmp_path)["sparsity/fc2.weight"] == {0: 0, 1: 0}
 
 
+def test_what_comes_before_a_lazy_module_has_its_shape_is_one_warning(tmp_path, warned):
+    model = Lazy()
+    with tr.TensorBoardMonitor(tmp_path, l1(model), budget=None) as monitor:
+        monitor.log(0, loss=1.0)
+        model(batch()[0])
+        monitor.log(1, loss=1.0)
+    [message] = [message for message in warned() if "TensorBoardMonitor" in message]
+    assert re.search("nothing is logged before this is put right: .*run one forward pass", message)
+    found = scalars(tmp_path)
+    assert list(found["overview/loss"]) == list(found["sparsity/fc2.weight"]) == [1]
+
+
 HOSTILE = ["β", "γ", "a (b)", "a [b]", "a/b", "a\nb", "a|b", "`", "^*$", "x" * 300, "%s{}", "-", "a__b_", "λ (1e-3)"]
 
 
@@ -999,12 +1011,12 @@ def test_many_layers_make_few_pictures_and_a_heat_map(tmp_path):
 
 
 def test_a_heat_map_that_cannot_be_drawn_is_one_warning_and_the_measuring_goes_on(tmp_path, warned, monkeypatch):
-    matplotlib = pytest.importorskip("matplotlib")
+    drawn = pytest.importorskip("matplotlib.figure")
 
     def savefig(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("latex could not be found")  # as with text.usetex
 
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
+    monkeypatch.setattr(drawn.Figure, "savefig", savefig)
     with tr.TensorBoardMonitor(tmp_path, l1(net(*[3] * 10)), budget=None, images_every=1) as monitor:
         for step in range(3):
             monitor.log(step)

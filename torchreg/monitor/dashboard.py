@@ -151,7 +151,10 @@ class TensorBoardMonitor:
             else:
                 self._log(int(step), {"loss": loss, "accuracy": accuracy, "lr": lr, **values})
         except Exception as error:
-            self._stop(error)
+            if self._last_step is None:  # the next call may begin: by then a lazy module has its shape
+                self._warn("not begun", f"nothing is logged before this is put right: {_told(error)}")
+            else:
+                self._stop(error)
 
     def flush(self) -> None:
         """Waits until all is written. A monitor with a file of its own has nothing to wait for."""
