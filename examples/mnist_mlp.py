@@ -16,6 +16,7 @@ There λ = 3e-4 and 4e-4 left 95.7 and 96.6% zeros at 97.8 and 97.6% refitted ac
 """
 
 import argparse
+import shutil
 import time
 from pathlib import Path
 
@@ -106,7 +107,9 @@ for name, penalty in runs.items():
 
     # TensorBoard takes the columns of its table from one of the runs, so each names λ₂ too.
     hparams = {"optimizer": type(optimizer).__name__, "lr": args.lr, "lambda_l2": getattr(penalty, "l2", 0.0)}
-    monitor = tr.TensorBoardMonitor(args.out / name.replace(" ", "_"), reg, every=10, hparams=hparams)
+    logdir = args.out / name.replace(" ", "_")
+    shutil.rmtree(logdir, ignore_errors=True)  # of an earlier run of this script
+    monitor = tr.TensorBoardMonitor(logdir, reg, every=10, hparams=hparams)
     accuracy, step, epoch, seconds = {}, 0, 0, 0.0
     for phase, epochs in (("train", args.epochs), ("refit", args.refit_epochs)):
         if phase == "refit":

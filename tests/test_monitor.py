@@ -38,7 +38,6 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import api_pb2, metadata
 from torch.utils.tensorboard import SummaryWriter
 
-from torchreg.kernels import choice
 from torchreg.monitor import event_file
 from torchreg.monitor.measurement import Gauge
 
@@ -324,12 +323,12 @@ def test_what_is_logged_in_several_calls_at_a_step_stands_there_once(tmp_path):
     with tr.TensorBoardMonitor(tmp_path, l1(mlp()), budget=None) as monitor:
         for step in range(3):
             monitor.log(step, loss=step)
-            monitor.log(step, accuracy=0.5, sparsity=2.0)
+            monitor.log(step, accuracy=0.5)
             monitor.log(step, loss=100.0)
     found = scalars(tmp_path)
     assert found["overview/loss"] == {0: 0, 1: 1, 2: 2}
     assert found["overview/accuracy"] == {0: 0.5, 1: 0.5, 2: 0.5}
-    assert found["overview/sparsity"] == {0: 0, 1: 0, 2: 0}  # measured
+    assert found["overview/sparsity"] == {0: 0, 1: 0, 2: 0}
 
 
 def test_a_slow_measurement_keeps_to_its_share_of_the_time(tmp_path, monkeypatch):
@@ -556,7 +555,8 @@ def test_two_runs_in_one_second_are_read_in_their_order(tmp_path, monkeypatch):
 
 def test_a_fresh_run_in_an_old_directory_replaces_what_was_there(tmp_path):
     fresh(tmp_path, 0, 9, 1.0)
-    fresh(tmp_path, 0, 3, 2.0)
+    with pytest.warns(UserWarning, match="an earlier run in this directory, and its points from step 0 on"):
+        fresh(tmp_path, 0, 3, 2.0)
     for read in (scalars, served):
         found = read(tmp_path)
         assert found["overview/loss"] == {0: 2, 1: 2, 2: 2}
@@ -643,14 +643,41 @@ def test_a_directory_that_was_removed_is_one_warning(tmp_path, warned):
     assert "removed" in message
 
 
-def test_a_directory_that_cannot_be_made_is_one_warning(tmp_path, warned):
+def test_a_directory_that_cannot_be_made_is_refused_before_an_hour_of_training(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / "file" / "deep" / "run"):
+        with pytest.raises(NotADirectoryError, match="file is a file; pass a directory"):
+            tr.TensorBoardMonitor(path, l1(mlp()))
+    with pytest.raises(ValueError, match="has no name"):
+        tr.TensorBoardMonitor("", l1(mlp()))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(PermissionError, match="cannot be written to"):
+        tr.TensorBoardMonitor(tmp_path / "run", l1(mlp()))
+
+
+def test_a_directory_that_cannot_be_made_any_more_is_one_warning(tmp_path, warned):
     with tr.TensorBoardMonitor(tmp_path / "file" / "run", l1(mlp())) as monitor:
+        (tmp_path / "file").touch()
         for step in range(3):
             monitor.log(step, loss=0.0)
     [message] = warned()
     assert str(tmp_path / "file" / "run") in message
     assert "NotADirectoryError" in message
+
+
+def test_slips_are_one_warning_each_and_cost_no_more_than_themselves(tmp_path, warned):
+    with tr.TensorBoardMonitor(tmp_path, l1(mlp()), budget=None) as monitor:
+        for step in (0, None, "a", 1.5, -1, math.nan, 1, 2.0, torch.tensor(3)):
+            monitor.log(step, loss=0.5, accuracy=92, sparsity=0.1, **{"support_churn/total": 0.2})
+    assert sorted(message.split("): ")[1].split(" ")[0] for message in warned()) == [
+        "accuracy",
+        "overview/sparsity",
+        "step=None",
+        "support_churn/total",
+    ]
+    found = scalars(tmp_path)
+    assert list(found["overview/loss"]) == list(found["overview/sparsity"]) == [0, 1, 2, 3]
+    assert set(found["overview/sparsity"].values()) == {0}
 
 
 def test_a_summary_writer_that_the_user_closed_is_one_warning(tmp_path, warned):
@@ -710,7 +737,6 @@ def test_weights_that_are_not_finite_or_at_the_ends_do_no_harm(tmp_path, value, 
 
 
 def test_another_default_device_changes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv(choice.VARIABLE, "torch")
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 4))
     for device in ("cpu", "meta"):  # as cuda is: a tensor that lands there meets those of the CPU no more
         with torch.device(device), tr.TensorBoardMonitor(tmp_path / device, l1(model), budget=None) as monitor:

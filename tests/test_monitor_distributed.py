@@ -43,7 +43,7 @@ def step(net: nn.Module, reg: tr.Regularizer) -> torch.optim.Optimizer:
 
 
 def log(reg: tr.Regularizer, folder: Path, full: bool = False) -> None:
-    with tr.TensorBoardMonitor(folder, reg, every=2, images_every=2) as monitor:
+    with tr.TensorBoardMonitor(folder, reg, every=2, images_every=2, budget=None) as monitor:
         for step in range(4):
             monitor.log(step, loss=torch.tensor(float(step)))
             if full and step == 1:

@@ -113,7 +113,8 @@ def _in_c(
     shapes = [_as_three(w) for w in weights]
     count_sizes = [size for rows, columns, _ in shapes for size in (4, rows, columns)]
     sum_sizes = [size for rows, columns, _ in shapes for size in (3, rows, columns)]
-    counts, sums = torch.zeros(sum(count_sizes), dtype=torch.int64), torch.zeros(sum(sum_sizes), dtype=torch.float64)
+    counts = torch.zeros(sum(count_sizes), dtype=torch.int64, device="cpu")  # whatever the default device is
+    sums = torch.zeros(sum(sum_sizes), dtype=torch.float64, device="cpu")
     table, count_at, sum_at = array("q"), counts.data_ptr(), sums.data_ptr()
     for w, support, (rows, columns, inner) in zip(weights, supports, shapes, strict=True):
         known = 0 if support is None else support.data_ptr()

@@ -41,10 +41,12 @@ _FREE_SECONDS = 0.1  # of measuring, before the budget counts: short runs have p
 class TensorBoardMonitor:
     """Logs a regularized training to TensorBoard: sparsity, norms, penalties, masks; open it and see.
 
-    `log` is called in every step, or every epoch, with whatever is at hand. What it is given is written at every
-    `every`-th step; the weights are measured (`torchreg.measure`) and drawn as often as the budget allows. The first
-    page has sparsity, accuracy, loss and penalty; "Custom Scalars" their trade-off and the layers; "Images" input map,
-    masks and filters; "HParams" the strengths beside what they led to; "Text" a summary and a glossary.
+    `log` is called in every step, or every epoch, with whatever is at hand. Each name is written again when a multiple
+    of `every` has come since it was last; what comes between is not, but for the last of it, which `close` writes. The
+    weights are measured (`torchreg.measure`) as rarely, and no more often than the budget allows.
+
+    The first page has sparsity, accuracy, loss and penalty; "Custom Scalars" their trade-off and the layers; "Images"
+    input map, masks and filters; "HParams" the strengths beside what they led to; "Text" a summary and a glossary.
 
     Every record is on its way to the disk when `log` returns. A run that crashed and goes on from a checkpoint in the
     same directory continues its curves: what was logged from the checkpoint's step on is replaced. Logging never stops
@@ -67,7 +69,7 @@ class TensorBoardMonitor:
         TypeError: the writer is neither a path nor a SummaryWriter, or the regularizer none.
         ValueError: `every`, `images_every`, `budget` or `near_zero` is out of range, or `hparams` holds more than plain
             numbers, texts and booleans.
-        NotADirectoryError: the log directory is a file.
+        NotADirectoryError, PermissionError: there is no making the log directory.
         ImportError: tensorboard is missing.
 
     >>> model = nn.Linear(3, 2)
@@ -114,6 +116,7 @@ class TensorBoardMonitor:
         self._warned: set[str] = set()
         self._written: dict[str, int] = {}  # the last step of each tag
         self._waiting: dict[str, tuple[int, Any]] = {}  # what came between two multiples of `every`
+        self._own: frozenset[str] = frozenset()  # the tags of what is measured
         self._events: dict[tuple[str, ...], Any] = {}
         self._first_step = 0
         self._last_step: int | None = None
@@ -136,10 +139,10 @@ class TensorBoardMonitor:
         """Logs what it is given, and what the weights look like now. Raises nothing.
 
         Args:
-            step: of the training; it grows. One that is smaller than the last means that the run went back to a
-                checkpoint: what was logged from there on is replaced.
-            loss: a number or a tensor; or `criterion.last` of a RegularizedLoss, which has both parts.
-            accuracy: a share.
+            step: of the training, one count for all that is logged; it grows. One that is smaller than the last means
+                that the run went back to a checkpoint: what was logged from there on is replaced.
+            loss: of this step, a number or a tensor; or `criterion.last` of a RegularizedLoss, which has both parts.
+            accuracy: a share, 0 to 1.
             lr: the learning rate, or a list of them as schedulers have it; by default the proximal optimizer's, of each
                 parameter group.
             values: more numbers and 0-d tensors, or what `torchreg.stationarity` returned. Names without a slash go to
@@ -148,8 +151,10 @@ class TensorBoardMonitor:
         try:
             if self._closed:
                 self._warn("closed", "it is closed, and what is logged now is lost")
+            elif (number := _step(step)) is None:
+                self._warn("step", f"step={step!r} is no whole number ≥ 0, and what is logged with it is lost")
             else:
-                self._log(int(step), {"loss": loss, "accuracy": accuracy, "lr": lr, **values})
+                self._log(number, {"loss": loss, "accuracy": accuracy, "lr": lr, **values})
         except Exception as error:
             if self._last_step is None:  # the next call may begin: by then a lazy module has its shape
                 self._warn("not begun", f"nothing is logged before this is put right: {_told(error)}")
@@ -206,7 +211,10 @@ class TensorBoardMonitor:
         if _due(step, self._measured, self._every) and (self._sharded or self._measuring.allows()):
             with self._looking():
                 numbers |= self._measure(step, tensors)
-        self._write(step, numbers | _read(tensors))
+        numbers |= _read(tensors)
+        self._write(step, numbers)
+        if numbers.get(_TAGS["accuracy"], 0) > 1:
+            self._warn("accuracy", "accuracy is a share, and is drawn beside sparsity: log 0.92 for 92%")
         if self._due_to_draw(step):
             with self._looking():
                 self._draw(step)
@@ -239,7 +247,11 @@ class TensorBoardMonitor:
                 yield from ((_TAGS["lr"] + end, rate) for end, rate in zip(ends, value, strict=True))
             elif value is not None:
                 tag = _TAGS.get(name) or tags.safe(name)
-                yield tag if "/" in tag else f"overview/{tag}", value.detach() if isinstance(value, Tensor) else value
+                tag = tag if "/" in tag else f"overview/{tag}"
+                if tag in self._own:
+                    self._warn(tag, f"{tag} is measured, so the logged one is left out; give it another name")
+                else:
+                    yield tag, value.detach() if isinstance(value, Tensor) else value
 
     def _taken(self, values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Tensor]]:
         """The numbers among `values`, and those that are still on a device."""
@@ -278,7 +290,7 @@ class TensorBoardMonitor:
         started = time.thread_time()  # not of the wall: what others take on a busy machine is not its own
         numbers, also = self._gauge.read(self._near_zero, list(tensors.values()))
         self._measuring.spend(time.thread_time() - started - self._gauge.waited)
-        self._measured = step
+        self._measured, self._own = step, frozenset(numbers)
         self._history.add(step, numbers)
         numbers.update(zip(tensors, also, strict=True))
         tensors.clear()
@@ -318,6 +330,12 @@ class TensorBoardMonitor:
             return
         try:
             self._sink = self._open(step)
+            if step <= 1 and getattr(self._sink, "earlier", False):
+                self._warn(
+                    "earlier",
+                    f"there is an earlier run in this directory, and its points from step {step} on are replaced; log "
+                    "into another one to keep both",
+                )
             values = [
                 summaries.layout(layout(list(self._gauge.tags.values()))),
                 summaries.text("about/3_glossary", texts.glossary(self._near_zero)),
@@ -403,7 +421,9 @@ class TensorBoardMonitor:
         if optimizers := self._optimizers():
             found["optimizer"] = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
             group = optimizers[0].param_groups[0]
-            if (rate := group.get("initial_lr", group.get("lr"))) is not None:
+            # A scheduler's own: the peak of OneCycleLR, where others begin.
+            rate = group.get("max_lr", group.get("initial_lr", group.get("lr")))
+            if rate is not None:
                 found["lr"] = float(rate)
         terms = self._regularizer.terms
         for key, term in terms.items():
@@ -423,6 +443,14 @@ def _due(step: int, last: int | None, every: int) -> bool:
 def _read(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     found, _ = read(list(tensors.values()))
     return {tag: value for tag, [value] in zip(tensors, found, strict=True)}
+
+
+def _step(value: Any) -> int | None:
+    """A whole number ≥ 0, of whatever type: `step=epoch * 1.0` and a counter on the CPU will do."""
+    try:
+        return int(value) if value == int(value) >= 0 else None
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
 
 
 def _told(error: Exception) -> str:

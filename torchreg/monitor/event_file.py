@@ -47,6 +47,7 @@ class EventFile:
         self._file = open(self._path, "xb", buffering=0)  # noqa: SIM115  closed by close(), or when all is over
         self.close = weakref.finalize(self, self._file.close)
         self.write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self.earlier = bool(earlier)
         if earlier:
             self.write(summaries.restart(step))
 
@@ -94,13 +95,19 @@ def opener(writer: str | os.PathLike[str] | SummaryWriter) -> tuple[str, Callabl
 
     Raises:
         TypeError: it is neither a path nor a SummaryWriter.
-        NotADirectoryError: the path is that of a file.
+        ValueError: the path is empty.
+        NotADirectoryError, PermissionError: no directory can be made there.
     """
     if isinstance(writer, (str, os.PathLike)) and "://" not in os.fspath(writer):
         folder = Path(writer)
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"{folder} is a file; pass a directory for the logs of this run, such as runs/l1")
+        if not os.fspath(writer):
+            raise ValueError("the log directory has no name; pass one for this run, such as runs/l1")
         place = folder.absolute()  # it stays where it is when the training changes its directory
+        there = next(path for path in (place, *place.parents) if path.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(f"{there} is a file; pass a directory for the logs of this run, such as runs/l1")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(f"{there} cannot be written to; pass another directory for the logs of this run")
         return str(folder), lambda step: EventFile(place, step)
     from torch.utils.tensorboard import SummaryWriter
 

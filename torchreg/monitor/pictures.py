@@ -53,8 +53,8 @@ class History:
 def pictures(entries: Sequence[Selected], tags: Mapping[str, str]) -> Iterator[Any]:
     """The images and histograms of one moment, as TensorBoard's values."""
     first = next((entry for entry in entries if entry.parameter.dim() > 1), None)
-    if first is not None and first.parameter.numel():
-        yield summaries.image(f"weight_input_map/{tags[first.name]}", input_pixels(plots.input_strengths(first)))
+    if first is not None and first.parameter.numel() and len(strengths := plots.input_strengths(first)) > 1:
+        yield summaries.image(f"weight_input_map/{tags[first.name]}", input_pixels(strengths))
     convolution = next((e for e in entries if isinstance(e.owner, nn.Conv2d) and e.parameter.dim() == 4), None)
     if convolution is not None and convolution.parameter.numel():
         yield summaries.image(f"weight_filters/{tags[convolution.name]}", filter_pixels(units.weights(convolution)))
