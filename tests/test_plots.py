@@ -739,3 +739,19 @@ MISTAKEN = {
 def test_what_is_of_the_wrong_kind_is_refused_with_the_next_move(call, message):
     with pytest.raises(TypeError, match=message):
         call()
+
+
+def test_many_channels_stand_in_rows():
+    figure = plots.input_map(torch.randn(4, 18 * 16), (18, 4, 4))
+    drawn = [axes for axes in figure.axes if axes.images]
+    assert len(drawn) == 18
+    assert len({round(axes.get_position().y0, 3) for axes in drawn}) == 3
+    assert max(figure.get_size_inches()) < 12
+
+
+def test_what_a_csv_file_gave_back_is_drawn():
+    rows = [{"step": str(step), "overview/sparsity": str(share)} for step, share in ((0, 0.0), (10, 0.25), (20, 0.5))]
+    figure = plots.sparsity_over_time([row["step"] for row in rows], rows)
+    (line,) = figure.axes[0].lines
+    assert line.get_ydata().tolist() == [0, 0.25, 0.5]
+    assert line.get_xdata().tolist() == [0, 10, 20]

@@ -382,7 +382,10 @@ def input_map(
     note = "grey: dead" if bool(dead.any()) else ""
 
     channels = shape[0] if len(shape) == 3 else 1
-    parent = _canvas(figure, *((5.0, 2.2) if len(shape) == 1 else (1.2 + 2.4 * channels, 2.9)))
+    across = min(channels, 8)
+    down = -(-channels // across)
+    wide = 2.4 if channels <= 3 else 1.1  # of many channels, as behind a convolution, small ones
+    parent = _canvas(figure, *((5.0, 2.2) if len(shape) == 1 else (1.2 + wide * across, (wide + 0.5) * down)))
     if len(shape) == 1:
         axes = _axes(parent)
         edges = [i - 0.5 for i in range(count + 1)]
@@ -401,11 +404,15 @@ def input_map(
 
     colours = colormaps["viridis"].with_extremes(bad=_DEAD, over=_VERMILION)
     shown = strengths.where(finite, 2 * top).where(~dead, math.nan).reshape(-1, *shape[-2:])
-    panels = parent.subplots(1, channels, squeeze=False)[0]
+    panels = parent.subplots(down, across, squeeze=False).ravel()
+    for axes in panels[channels:]:
+        axes.set_axis_off()
+    panels = panels[:channels]
     for channel, (axes, pixels) in enumerate(zip(panels, shown, strict=True)):
         image = axes.imshow(pixels.numpy(), cmap=colours, vmin=0, vmax=top, interpolation="nearest")
         axes.set(xticks=[], yticks=[])
-        axes.set_title(f"channel {channel}" if channels > 1 else title, fontsize="small")
+        name = f"channel {channel}" if channels <= 3 else str(channel)
+        axes.set_title(name if channels > 1 else title, fontsize="small")
         axes.set_xlabel(note, fontsize="small")
     if channels > 1:
         parent.suptitle(title, fontsize="small")
@@ -600,6 +607,8 @@ def _listed(values: Any) -> Any:
     """Arrays and tensors as lists, inside of lists too: then strides and byte orders foreign to torch do not matter."""
     if hasattr(values, "tolist"):
         return values.tolist()
+    if isinstance(values, str):  # as csv.DictReader gives numbers
+        return float(values)
     return [_listed(value) for value in values] if isinstance(values, (list, tuple)) else values
 
 

@@ -53,7 +53,7 @@ class EventFile:
 
     def write(self, event: Any) -> None:
         """Appends an `Event`; its wall time and step are the caller's."""
-        if not self._path.exists():
+        if os.fstat(self._file.fileno()).st_nlink == 0:
             raise FileNotFoundError(f"{self._path} was removed")
         data = event.SerializeToString()
         length = struct.pack("<Q", len(data))
