@@ -345,8 +345,8 @@ def test_a_slow_measurement_keeps_to_its_share_of_the_time(tmp_path, monkeypatch
     for step in range(4000):
         monitor.log(step, loss=0.0)
         clock.now += 0.5
-        assert busy <= 2.0 + 0.01 * clock.now  # the first is free
-    assert busy >= 0.9 * 0.01 * clock.now
+        assert busy <= 2.0 + 0.005 * clock.now  # the first is free; the other half is for pictures
+    assert busy >= 0.9 * 0.005 * clock.now
     monitor.close()
     found = scalars(tmp_path)
     assert len(found["overview/loss"]) == 4000
@@ -368,8 +368,8 @@ def test_slow_pictures_keep_to_their_share_of_the_time(tmp_path, monkeypatch):
     for step in range(1000):
         monitor.log(step)
         clock.now += 2.0
-        assert busy <= 4.0 + 0.01 * clock.now
-    assert busy / 4 >= 5
+        assert busy <= 4.0 + 0.005 * clock.now
+    assert busy / 4 >= 2
 
 
 @pytest.mark.parametrize(
@@ -601,6 +601,9 @@ class Failing:
     def write(self, data: bytes) -> int:
         self.calls += 1
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fileno(self) -> int:
+        return self._file.fileno()
 
 
 def test_a_write_that_fails_is_one_warning_and_is_not_tried_again(tmp_path, warned):

@@ -9,6 +9,7 @@ survive colour blindness and grey-scale print.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import itertools
@@ -608,7 +609,8 @@ def _listed(values: Any) -> Any:
     if hasattr(values, "tolist"):
         return values.tolist()
     if isinstance(values, str):  # as csv.DictReader gives numbers
-        return float(values)
+        with contextlib.suppress(ValueError):
+            return float(values)
     return [_listed(value) for value in values] if isinstance(values, (list, tuple)) else values
 
 

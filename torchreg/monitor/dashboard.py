@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _TAGS = {"loss": "overview/loss", "accuracy": "overview/accuracy", "lr": "schedule/lr"}
 _METRICS = {"overview/sparsity": "sparsity", "overview/accuracy": "accuracy", "overview/params_kept": "weights left"}
-_FREE_SECONDS = 0.1  # of measuring, before the budget counts: short runs have points too
+_FREE_SECONDS = 0.02  # of measuring, before the budget counts: short runs have points too
 
 
 class TensorBoardMonitor:
@@ -61,7 +61,7 @@ class TensorBoardMonitor:
         every: write at every so many steps, ≥ 1. Writing what stands on a GPU waits for it.
         images_every: draw images and histograms at every so many steps, ≥ 1; None: as the budget allows, and ever less
             often; 0: never.
-        budget: the share of the time that measuring may take, and drawing again as much; None is no limit. Sharded
+        budget: the share of the time that measuring and drawing may take, a half each; None is no limit. Sharded
             weights, which all processes gather together, are measured at every `every`-th step.
         near_zero: what counts as nearly zero, ≥ 0, in units of a weight.
         hparams: more hyperparameters of the run, to stand beside optimizer, learning rate and strengths.
@@ -115,6 +115,7 @@ class TensorBoardMonitor:
         self._sharded = self._closed = False
         self._warned: set[str] = set()
         self._written: dict[str, int] = {}  # the last step of each tag
+        self._given: dict[str, int] = {}  # by the names that `log` is given, the last step that was written
         self._waiting: dict[str, tuple[int, Any]] = {}  # what came between two multiples of `every`
         self._own: frozenset[str] = frozenset()  # the tags of what is measured
         self._events: dict[tuple[str, ...], Any] = {}
@@ -122,7 +123,8 @@ class TensorBoardMonitor:
         self._last_step: int | None = None
         self._measured: int | None = None  # the last step of which the weights were measured
         self._drawn: int | None = None  # and drawn
-        self._measuring, self._drawing = Budget(budget, free=_FREE_SECONDS), Budget(budget)
+        half = None if budget is None else budget / 2
+        self._measuring, self._drawing = Budget(half, free=_FREE_SECONDS), Budget(half)
         self._history = History()
 
     # ------------------------------------------------------------------ logging
@@ -201,12 +203,15 @@ class TensorBoardMonitor:
         if not self._at_work:
             return
         due = {}
-        for tag, value in self._expanded(given):
-            if _due(step, self._written.get(tag), self._every):
-                self._waiting.pop(tag, None)
-                due[tag] = value
-            else:  # a copy: running sums change in place
-                self._waiting[tag] = (step, value.clone() if isinstance(value, Tensor) else value)
+        for name, value in given.items():
+            if value is None and name != "lr":
+                continue
+            if _due(step, self._given.get(name), self._every):
+                self._waiting.pop(name, None)
+                self._given[name] = step
+                due[name] = value
+            else:  # a copy without its graph: running sums change in place
+                self._waiting[name] = (step, value.detach().clone() if isinstance(value, Tensor) else value)
         numbers, tensors = self._taken(due)
         if _due(step, self._measured, self._every) and (self._sharded or self._measuring.allows()):
             with self._looking():
@@ -253,11 +258,11 @@ class TensorBoardMonitor:
                 else:
                     yield tag, value.detach() if isinstance(value, Tensor) else value
 
-    def _taken(self, values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """The numbers among `values`, and those that are still on a device."""
+    def _taken(self, given: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """The numbers among what is given, by tag, and those that are still on a device."""
         numbers: dict[str, float] = {}
         tensors: dict[str, Tensor] = {}
-        for tag, value in values.items():
+        for tag, value in self._expanded(given):
             try:
                 if isinstance(value, Tensor) and value.numel() == 1 and not (value.is_complex() or value.is_meta):
                     tensors[tag] = checks.gathered(value).reshape(())
@@ -348,8 +353,8 @@ class TensorBoardMonitor:
 
     def _finish(self, step: int, failed: bool) -> None:
         """The end of a run: its last state, so that no curve stops short."""
-        for tag, (when, value) in self._waiting.items():
-            numbers, tensors = self._taken({tag: value})
+        for name, (when, value) in self._waiting.items():
+            numbers, tensors = self._taken({name: value})
             self._write(when, numbers | _read(tensors))
         with self._looking():
             if self._measured != step:
@@ -370,7 +375,8 @@ class TensorBoardMonitor:
         self._emit(summaries.restart(step))
         # All is due at once: a reader that knows no restarts drops what is not before the next point of a tag.
         self._written.clear()
-        self._waiting = {tag: item for tag, item in self._waiting.items() if item[0] < step}
+        self._given.clear()
+        self._waiting = {name: item for name, item in self._waiting.items() if item[0] < step}
         self._measured = self._drawn = None
         self._first_step = min(step, self._first_step)
         self._history.cut(step)
