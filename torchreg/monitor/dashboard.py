@@ -265,9 +265,11 @@ class TensorBoardMonitor:
         for tag, value in self._expanded(given):
             try:
                 if isinstance(value, Tensor) and value.numel() == 1 and not (value.is_complex() or value.is_meta):
-                    tensors[tag] = checks.gathered(value).reshape(())
-                else:
-                    numbers[tag] = float(value.item() if hasattr(value, "item") else value)
+                    value = checks.gathered(value)
+                    if not value.is_cpu:
+                        tensors[tag] = value.reshape(())
+                        continue
+                numbers[tag] = float(value.item() if hasattr(value, "item") else value)
             except Exception:  # whatever an object of the user's raises
                 kind = f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                 self._warn(tag, f"{tag} is a {kind} and no number, so it is left out; log a number or a 0-d tensor")
