@@ -20,6 +20,7 @@ bench: .venv/.bench
 	$(PY) benchmarks/one_lambda.py --short
 	$(PY) benchmarks/minibatch.py --short
 	$(PY) benchmarks/step.py --short
+	$(PY) benchmarks/penalty.py --short
 	$(PY) benchmarks/monitor.py --short
 
 lint: .venv/.test
