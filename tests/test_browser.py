@@ -8,7 +8,6 @@ import io
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -82,7 +81,7 @@ def links(job):
             assert lines.pop("runs") == ", ".join(RUNS)
             yield lines
         finally:
-            process.send_signal(signal.SIGINT)
+            process.terminate()  # not SIGINT, which background jobs of a shell ignore
             process.wait(30)
 
 

@@ -785,7 +785,8 @@ def test_an_empty_directory_is_said_and_one_that_dies_later_is_quoted(run, inste
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_before_it_answers_stops_one_that_does_not_want_to(run, instead, monkeypatch, number):
     monkeypatch.setattr(server, "_STOP", 0.2)
-    handler = signal.getsignal(number)
+    handler, before = signal.default_int_handler, signal.getsignal(number)
+    signal.signal(number, handler)  # the tests may run where it is ignored, as under nohup
     instead(
         "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
         f"open('pid', 'w').write(str(os.getpid())); os.kill({os.getpid()}, {int(number)}); time.sleep(60)"
@@ -796,6 +797,7 @@ def test_a_signal_before_it_answers_stops_one_that_does_not_want_to(run, instead
     with pytest.raises(ProcessLookupError):
         os.kill(int(Path("pid").read_text()), 0)
     assert signal.getsignal(number) is handler
+    signal.signal(number, before)
 
 
 def test_a_tensorboard_that_never_answers_is_given_up(run, instead, monkeypatch):
