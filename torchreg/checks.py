@@ -73,6 +73,11 @@ def widened(w: Tensor) -> Tensor:
     return w.to(torch.complex64 if w.is_complex() else torch.float32)
 
 
-def gathered(w: Tensor) -> Tensor:
-    """All of `w` where each process has a shard of it (a DTensor): a collective, so all of them have to come here."""
-    return w.full_tensor() if hasattr(w, "full_tensor") else w
+def is_sharded(w: Tensor) -> bool:
+    """Each process has a shard of it (a DTensor)."""
+    return hasattr(w, "full_tensor")
+
+
+def unsharded(w: Tensor) -> Tensor:
+    """All of `w` where it is sharded: a collective, so every process has to come here."""
+    return w.full_tensor() if is_sharded(w) else w  # type: ignore[attr-defined]

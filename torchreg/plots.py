@@ -289,10 +289,7 @@ def weight_histogram(
     >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     ['2 not zero', '50.00% exact zeros: 2 of 4']
     """
-    if isinstance(bins, bool) or not isinstance(bins, int):
-        raise TypeError(f"bins={bins!r} is a {type(bins).__name__}, not an integer; pass a number such as 60")
-    if bins < 1:
-        raise ValueError(f"bins={bins} must be at least 1; pass a number such as 60")
+    _check_count("bins", bins, 60)
     entries = _entries(source, include, exclude)
     finite, zeros, total, strange = [], 0, 0, 0
     for entry in entries:
@@ -453,10 +450,7 @@ def masks(
     weight
     2×2, 75.00% left
     """
-    if isinstance(most, bool) or not isinstance(most, int):
-        raise TypeError(f"most={most!r} is a {type(most).__name__}, not an integer; pass a number such as 12")
-    if most < 1:
-        raise ValueError(f"most={most} must be at least 1; pass a number such as 12")
+    _check_count("most", most, 12)
     entries = _entries(source, include, exclude)
     shown, hidden = entries[:most], entries[most:]
     matrices = [_matrix(units.nonzero(entry), entry.owner) for entry in shown]
@@ -673,6 +667,15 @@ def _share_of(key: str, measurements: Sequence[Mapping[str, Any]]) -> Tensor:
             raise ValueError(f"{key} is {value:g}, and a share lies between 0 and 1; divide percents by 100")
         values.append(value)
     return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
+def _check_count(name: str, value: object, example: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"{name}={value!r} is a {type(value).__name__}, not an integer; pass a number such as {example}"
+        )
+    if value < 1:
+        raise ValueError(f"{name}={value} must be at least 1; pass a number such as {example}")
 
 
 def _names(names: object, count: int) -> list[str]:

@@ -21,7 +21,7 @@ def weights(entry: Selected) -> Tensor:
     w = entry.parameter.detach()
     if masked(entry):
         w = w.masked_fill(getattr(entry.owner, entry.attribute.removesuffix("_orig") + "_mask") == 0, 0)
-    return checks.gathered(w)
+    return checks.unsharded(w)
 
 
 def nonzero(entry: Selected) -> Tensor:
@@ -56,6 +56,13 @@ def connections(alive: Tensor, owner: nn.Module | None = None) -> Tensor:
     """
     alive = by_input(alive, owner)
     return alive.flatten(3).any(3) if alive.dim() > 3 else alive
+
+
+def alive_units(alive: Tensor, owner: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+    """Which inputs and which neurons have a weight that is `alive`; a vector has neurons alone."""
+    reads = connections(alive, owner)
+    neurons = reads.any(2)
+    return reads.any(1) if alive.dim() > 1 else neurons[:, :0], neurons
 
 
 def dead_under_relu(entry: Selected) -> tuple[int, int]:

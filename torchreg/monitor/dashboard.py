@@ -265,7 +265,7 @@ class TensorBoardMonitor:
         for tag, value in self._expanded(given):
             try:
                 if isinstance(value, Tensor) and value.numel() == 1 and not (value.is_complex() or value.is_meta):
-                    value = checks.gathered(value)
+                    value = checks.unsharded(value)
                     if not value.is_cpu:
                         tensors[tag] = value.reshape(())
                         continue
@@ -332,7 +332,7 @@ class TensorBoardMonitor:
     def _begin(self, step: int) -> None:
         self._first_step = step
         self._gauge = Gauge(self._regularizer)
-        self._sharded = any(hasattr(w, "full_tensor") for _, w in self._regularizer.named_parameters())
+        self._sharded = any(checks.is_sharded(w) for _, w in self._regularizer.named_parameters())
         if _is_other_rank():
             return
         try:

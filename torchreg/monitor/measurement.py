@@ -134,7 +134,7 @@ class Gauge:
     def read(self, near_zero: float, also: Sequence[Tensor] = ()) -> tuple[dict[str, float], list[float]]:
         """The numbers of `measure`, and those of the 0-d tensors `also`, in one read of each device."""
         weights = self._weights()
-        if any(hasattr(weight.entry.parameter, "full_tensor") for weight in weights):  # one is whole at a time
+        if any(checks.is_sharded(weight.entry.parameter) for weight in weights):  # one is whole at a time
             tensors = [own for weight in weights for own in self._tensors([weight], near_zero)]
         else:
             tensors = self._tensors(weights, near_zero)
@@ -233,9 +233,9 @@ class _Weight:
         living, self.inputs, self.neurons = _living(self.entry, w, summary)
         found = [summary.counts, summary.sums, _quantiles(_squared_norms(self.penalty, w, summary)), *living]
         if isinstance(self.step, Tensor):
-            found.append(checks.gathered(self.step).median())
+            found.append(checks.unsharded(self.step).median())
         if self.penalty is not None and self._by_sums() is None:
-            found.append(checks.gathered(self.penalty(self.entry.parameter.detach())))
+            found.append(checks.unsharded(self.penalty(self.entry.parameter.detach())))
         return found
 
     def numbers(self, found: Sequence[Sequence[float]]) -> list[float]:
@@ -271,9 +271,7 @@ def _living(entry: Selected, w: Tensor, summary: Summary) -> tuple[list[Tensor],
     if w.dim() > 1 and units.in_plain_order(entry.owner):
         inputs, neurons = summary.column_nonzeros, summary.row_nonzeros
     else:
-        reads = units.connections(w != 0, entry.owner)
-        neurons = reads.any(2)
-        inputs = reads.any(1) if w.dim() > 1 else neurons[:, :0]  # a vector has neurons alone
+        inputs, neurons = units.alive_units(w != 0, entry.owner)
     return [torch.count_nonzero(inputs), torch.count_nonzero(neurons)], inputs.numel(), neurons.numel()
 
 

@@ -11,15 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.nn import Parameter
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from torchreg.kernels.choice import native
 from torchreg.kernels.native import DTYPES, Library
+from torchreg.kernels.soft import Soft, matches, serves
 from torchreg.kernels.steps import AdamNumbers, SGDNumbers, Tables
 from torchreg.optim.step_sizes import Followed, _number
 from torchreg.penalties import Penalty
-from torchreg.penalties.base import Soft
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -208,7 +207,10 @@ class OnePass(ABC):
                 return None
             buffers = [state[name] if name else None for name in names]
             count = self.counter(state)
-            if not _alike(parameter, [*buffers, soft.anchor]) or not (count is None or _counts(count)):
+            others = [buffer for buffer in buffers if buffer is not None]
+            if not (serves(parameter, soft.anchor) and all(matches(buffer, parameter) for buffer in others)):
+                return None
+            if not (count is None or _counts(count)):
                 return None
             rows.slots += [(state, name, state[name]) for name in names if name]
             known = [w for w in (parameter, *buffers, soft.anchor, count) if w is not None]
@@ -219,8 +221,8 @@ class OnePass(ABC):
             if unit is not None and asked[i] is not FREE:
                 rows.units.append((i, state, unit))
             counted = () if count is None else (count.data_ptr(), DTYPES[count.dtype])
-            others = [0 if w is None else w.data_ptr() for w in (*buffers, soft.anchor)]
-            rows.tables.add((parameter.data_ptr(), 0, *others, *counted, parameter.numel(), DTYPES[parameter.dtype]))
+            addresses = [0 if w is None else w.data_ptr() for w in (*buffers, soft.anchor)]
+            rows.tables.add((parameter.data_ptr(), 0, *addresses, *counted, parameter.numel(), DTYPES[parameter.dtype]))
             numbers.append(self.numbers(group, soft))
             rows.softs.append(soft)
             rows.lrs.append(_number(group["lr"]))
@@ -334,18 +336,3 @@ def _same(a: Sequence[object], b: Sequence[object]) -> bool:
 
 def _counts(count: Tensor) -> bool:
     return count.is_cpu and count.dtype in (torch.float32, torch.float64) and type(count) is Tensor
-
-
-def _alike(w: Tensor, others: Sequence[Tensor | None]) -> bool:
-    """Dense memory that C can read, all of one dtype and layout: no subclass, which may hold no data."""
-    if w.layout is not torch.strided or w.dtype not in (torch.float32, torch.float64):
-        return False
-    # `empty_like` keeps the strides of dense memory alone.
-    own = (True, w.dtype, w.shape, torch.empty_like(w).stride(), False)
-    return all(
-        type(x) in (Tensor, Parameter)
-        and x.layout is torch.strided
-        and (x.is_cpu, x.dtype, x.shape, x.stride(), x.is_neg()) == own
-        for x in (w, *others)
-        if x is not None
-    )

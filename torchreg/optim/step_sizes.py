@@ -336,7 +336,7 @@ def present_step(step_size: StepSize, optimizer: Optimizer, group: dict[str, Any
     while math.gcd(stride, parameter.numel()) > 1:  # else it would see some columns again and again, and others never
         stride += 1
     seen = {
-        key: checks.gathered(value.detach()).reshape(-1)[::stride]
+        key: checks.unsharded(value.detach()).reshape(-1)[::stride]
         if isinstance(value, Tensor) and value.shape == parameter.shape
         else value
         for key, value in state.items()
