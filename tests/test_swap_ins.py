@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, StepLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchreg as tr
 from tests.backends import backend as backend
@@ -714,6 +715,23 @@ def test_foreach_and_fused_agree_with_the_loop(
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
     assert torch.equal(found[0] == 0, found[1] == 0)
     assert (found[0] == 0).any()
+
+
+@pytest.mark.parametrize("swap_in", [tr.optim.ProxAdam, tr.optim.ProxAdamW])
+def test_without_the_native_kernel_adam_takes_its_fused_step(swap_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHREG_BACKEND", "torch")
+    model = net(torch.float32)
+    optimizer = build(swap_in, model, tr.Regularizer(model, tr.L1(0.1)))
+    seen: list[str] = []
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Operations():
+        train(model, optimizer, range(1))
+    assert any("_fused_adam" in name for name in seen)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)

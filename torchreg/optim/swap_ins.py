@@ -60,7 +60,8 @@ class Proximal(Optimizer):
                 loss = closure()
         if torch.compiler.is_compiling() or not self._one_pass.step(self, self.attachment.penalties(self)):
             self.attachment.before(self)
-            _unhooked(self._stock)(self)
+            with _fused(self):
+                _unhooked(self._stock)(self)
             self.attachment.apply(self)
         return loss
 
