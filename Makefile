@@ -9,8 +9,9 @@ AS_ROOT := $(shell test `id -u` = 0 || echo sudo -n)
 demo: .venv/.examples
 	$(PY) examples/mnist_mlp.py
 
+# A file's tests run in one process, so that what they share is made once: a training, a server.
 test: lint .venv/.browser
-	$(PY) -m pytest -n 2 --dist loadgroup -q
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
 test-slow: .venv/.test
 	$(PY) -m pytest -q -m slow

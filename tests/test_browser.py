@@ -23,10 +23,9 @@ from tests.test_mnist_mlp import REAL, run
 api = pytest.importorskip("playwright.sync_api", reason="no playwright; install it: pip install '.[test]'")
 expect = api.expect
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; install it: apt-get install chromium fonts-dejavu-core"),
-    pytest.mark.xdist_group("browser"),  # the workers of pytest-xdist must not each train
-]
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium; install it: apt-get install chromium fonts-dejavu-core"
+)
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = Path(os.environ.get("TORCHREG_SCREENSHOTS", ROOT / "tests" / "output"))
