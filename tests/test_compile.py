@@ -1,8 +1,9 @@
-"""`torch.compile` of a regularized loss: one graph, the same numbers, and no recompilation when λ changes."""
+"""`torch.compile` of a regularized loss and of a proximal step: one graph, the same numbers, no recompilation with λ."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -108,3 +109,73 @@ def test_a_strength_of_a_copy_is_its_own() -> None:
     compiled = {r: torch.compile(lambda x, y, r=r: r(), backend="aot_eager", fullgraph=True) for r in (reg, other)}
     for r, f in compiled.items():
         torch.testing.assert_close(f(*batch()), r())
+
+
+SETTINGS: list[tuple[Any, dict[str, Any], bool]] = [
+    (tr.optim.ProxSGD, {"momentum": 0.9, "nesterov": True}, False),
+    (tr.optim.ProxAdam, {"amsgrad": True}, False),
+    (tr.optim.ProxAdamW, {"weight_decay": 0.0}, True),
+]
+
+
+def stepped(model: MLP, optimizer: torch.optim.Optimizer, step: Callable[[], object], times: int) -> None:
+    x, y = batch()
+    for _ in range(times):
+        optimizer.zero_grad()
+        F.mse_loss(model.fc4(model.fc3(model(x))), y).backward()
+        step()
+
+
+@pytest.mark.parametrize(("swap_in", "settings", "toward"), SETTINGS)
+def test_a_proximal_step_is_one_graph_and_does_not_recompile_when_strengths_or_lr_change(
+    swap_in: Any, settings: dict[str, Any], toward: bool
+) -> None:
+    found = []
+    for compiling in (True, False):
+        model = model_of_all()
+        anchor = {name: w.clone() for name, w in model.state_dict().items()} if toward else None
+        reg = tr.Regularizer(model, RULES, toward=anchor, scale=lambda name, w: 0.5)
+        lr = torch.tensor(0.05)
+        optimizer = swap_in(model.parameters(), lr=lr, regularizer=reg, **settings)
+        step = torch.compile(optimizer.step, backend="aot_eager", fullgraph=True) if compiling else optimizer.step
+        stepped(model, optimizer, step, 2)  # the first builds the optimizer's state: SGD's has a graph of its own
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for strength in (0.7, 0.0, 1e-3):
+                reg["fc1.weight"].strength = strength
+                reg["fc2.weight"].l2 = strength
+                reg["norm.weight"].factor = strength
+                reg["fc3.weight"].strength = strength
+                reg["fc4.weight"].group = strength
+                lr.mul_(0.9)
+                stepped(model, optimizer, step, 2)
+        found.append([w.detach() for w in model.parameters()])
+        assert any((w == (0 if anchor is None else anchor[name])).any() for name, w in model.named_parameters())
+    for w, expected in zip(*found, strict=True):
+        torch.testing.assert_close(w, expected, rtol=1e-4, atol=1e-6)
+        assert torch.equal(w == 0, expected == 0)
+
+
+def test_after_compiled_steps_the_optimizer_goes_on_uncompiled(backend: str) -> None:
+    found = []
+    for compiled in (True, False):
+        model = model_of_all()
+        reg = tr.Regularizer(model, tr.L1(0.01))
+        optimizer = tr.optim.ProxSGD(model.parameters(), lr=0.05, momentum=0.9, regularizer=reg)
+        step = torch.compile(optimizer.step, backend="aot_eager", fullgraph=True) if compiled else optimizer.step
+        stepped(model, optimizer, step, 3)
+        stepped(model, optimizer, optimizer.step, 3)
+        assert isinstance(optimizer.state[model.fc1.weight]["unit_momentum"], float)
+        found.append([w.detach() for w in model.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_a_disabled_regularizer_is_seen_by_a_compiled_step() -> None:
+    model = model_of_all()
+    reg = tr.Regularizer(model, tr.L1(1e3))
+    optimizer = tr.optim.ProxSGD(model.parameters(), lr=torch.tensor(0.01), regularizer=reg)
+    step = torch.compile(optimizer.step, backend="aot_eager", fullgraph=True)
+    with reg.disabled():
+        stepped(model, optimizer, step, 1)
+    assert (model.fc1.weight != 0).all()
+    stepped(model, optimizer, step, 1)
+    assert (model.fc1.weight == 0).all()

@@ -190,7 +190,10 @@ class Attachment(Prox):
 
     def penalties(self, optimizer: Optimizer) -> Mapping[int, Penalty | None]:
         enabled = self.regularizer.enabled  # settles a copy first
-        return {id_: bound.penalty if enabled else None for id_, bound in self.held().items()}
+        held = self.held().items()
+        if enabled and torch.compiler.is_compiling():
+            return {id_: bound.compiled_penalty(bound.parameter()) for id_, bound in held}
+        return {id_: bound.penalty if enabled else None for id_, bound in held}
 
     def held(self) -> Mapping[int, Bound]:
         """By `id`, the parameters that this optimizer regularizes by prox."""
@@ -364,13 +367,13 @@ def attach(
 
 
 def _idle(penalty: Penalty | None) -> bool:
-    """Nothing to apply: the regularizer is disabled, or every strength is 0."""
-    return penalty is None or penalty.is_zero
+    """Nothing to apply: the regularizer is disabled, or every strength is 0, at which a compiled graph does not look."""
+    return penalty is None or (not torch.compiler.is_compiling() and penalty.is_zero)
 
 
 def _is_large(optimizer: Optimizer, parameter: Tensor, penalty: Penalty) -> bool:
     """A CPU's cache does not hold all of the parameter, and its prox is the same in pieces, which fit."""
-    soft = penalty._soft()
+    soft = None if torch.compiler.is_compiling() else penalty._soft()
     return (
         soft is not None
         and soft.anchor is None

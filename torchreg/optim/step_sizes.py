@@ -79,13 +79,15 @@ class BuildUp(Followed):
     def _advanced(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Any:
         """c after this step; its first value is 1, whatever the gain."""
         state = optimizer.state[parameter]
-        old = state.get(self.KEY)
+        old = _number(state.get(self.KEY))  # a compiled step leaves a tensor
         new = 1.0 if old is None else _number(group["momentum"]) * old + self._gain(group)
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
             # A fused optimizer skips a step without telling the host: neither does its momentum build up.
             found, kept = _number(found_inf.reshape(())), 0.0 if old is None else old
             new = torch.where(found > 0, kept, new) if isinstance(found, Tensor) else kept if found else new
+        if torch.compiler.is_compiling():  # a graph would be one of that number
+            new = torch.as_tensor(new, dtype=checks.widened(parameter).real.dtype, device=parameter.device)
         state[self.KEY] = new
         return new
 

@@ -60,8 +60,12 @@ class Proximal(Optimizer):
                 loss = closure()
         if torch.compiler.is_compiling() or not self._one_pass.step(self, self.attachment.penalties(self)):
             self.attachment.before(self)
-            with _fused(self):
-                _unhooked(self._stock)(self)
+            if torch.compiler.is_compiling():
+                with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
+                    inspect.unwrap(self._stock.step)(self)
+            else:
+                with _fused(self):
+                    _unhooked(self._stock)(self)
             self.attachment.apply(self)
         return loss
 
@@ -86,7 +90,7 @@ class Proximal(Optimizer):
             _global_optimizer_pre_hooks,
             _global_optimizer_post_hooks,
         )
-        if any(hooks) or torch._C._autograd._profiler_enabled():
+        if not torch.compiler.is_compiling() and (any(hooks) or torch._C._autograd._profiler_enabled()):
             return self._watched_step(closure)
         return self._unwatched_step(closure)
 

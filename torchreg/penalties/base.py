@@ -169,7 +169,7 @@ class Penalty(ABC):
     def _under(self, strengths: Sequence[Tensor]) -> Self:
         """The same penalty with 0-d tensors for its strengths, so that a compiled graph takes them as inputs.
 
-        It has a value alone: strengths are trusted, and its prox is of no use.
+        It has a value and a prox alone, and strengths are trusted.
         """
         new = object.__new__(type(self))
         given = dict(zip(self.strengths, strengths, strict=True))
