@@ -1,4 +1,4 @@
-"""`torch.compile` of a regularized loss and of a proximal step: one graph, the same numbers, no recompilation with λ."""
+"""`torch.compile` of a regularized loss and of a proximal step: one graph, no recompilation, the same numbers."""
 
 from __future__ import annotations
 

@@ -367,7 +367,7 @@ def attach(
 
 
 def _idle(penalty: Penalty | None) -> bool:
-    """Nothing to apply: the regularizer is disabled, or every strength is 0, at which a compiled graph does not look."""
+    """Nothing to apply: the regularizer is disabled, or every strength is 0; a compiled graph does not look."""
     return penalty is None or (not torch.compiler.is_compiling() and penalty.is_zero)
 
 
