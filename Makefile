@@ -22,6 +22,8 @@ bench: .venv/.bench
 	$(PY) benchmarks/minibatch.py --short
 	$(PY) benchmarks/step.py --short
 	$(PY) benchmarks/penalty.py --short
+	$(PY) benchmarks/iteration.py --short
+	$(PY) benchmarks/scaling.py --short
 	$(PY) benchmarks/monitor.py --short
 
 lint: .venv/.test
