@@ -20,8 +20,24 @@ from torch import Tensor
 
 import torchreg.penalties
 from tests import oracles
-from torchreg import L1, L2, Columns, ElasticNet, GroupLasso, Penalty, SparseGroupLasso
+from torchreg import (
+    L0,
+    L1,
+    L2,
+    MCP,
+    SCAD,
+    CappedL1,
+    Columns,
+    ElasticNet,
+    GroupLasso,
+    LogSum,
+    Penalty,
+    Reweighted,
+    SparseGroupLasso,
+    TransformedL1,
+)
 from torchreg.penalties.toward import Toward
+from torchreg.penalties.weighted_l1 import WeightedL1
 
 # Derandomized: a red run is the same on every machine. No deadline: the first example pays for torch's warm-up.
 SETTINGS = hypothesis.settings(max_examples=30, deadline=None, derandomize=True, database=None)
@@ -126,10 +142,38 @@ TOWARD = [
     Case(GroupLasso(0.3), oracles.Grouped(0.0, 0.3), anchored=True),
     Case(SparseGroupLasso(0.3, 0.4, Columns()), oracles.Grouped(0.3, 0.4, axis=1), anchored=True),
 ]
-CASES = [*PLAIN, *TOWARD]
+WEIGHTED = [
+    Case(WeightedL1(0.0, torch.tensor(2.0)), oracles.l1(0.0)),
+    Case(WeightedL1(0.3, torch.tensor(2.0)), oracles.l1(0.6)),
+]
+CONVEX = [*PLAIN, *TOWARD, *WEIGHTED]
+CONCAVE = [
+    *(Case(MCP(strength), oracles.mcp(strength)) for strength in STRENGTHS),
+    Case(MCP(0.3, gamma=0.5), oracles.mcp(0.3, 0.5)),
+    *(Case(SCAD(strength), oracles.scad(strength)) for strength in STRENGTHS),
+    Case(SCAD(0.3, a=1.5), oracles.scad(0.3, 1.5)),
+    *(Case(L0(strength), oracles.l0(strength)) for strength in STRENGTHS[:2]),
+    *(Case(LogSum(strength), oracles.log_sum(strength)) for strength in STRENGTHS),
+    Case(LogSum(0.3, epsilon=1.0), oracles.log_sum(0.3, 1.0)),
+    *(Case(TransformedL1(strength), oracles.transformed_l1(strength)) for strength in STRENGTHS),
+    Case(TransformedL1(0.3, a=0.05), oracles.transformed_l1(0.3, 0.05)),
+    *(Case(CappedL1(strength, theta=0.5), oracles.capped_l1(strength, 0.5)) for strength in STRENGTHS),
+]
+REWEIGHTED = [
+    Case(Reweighted(MCP(0.0)), oracles.mcp(0.0)),
+    Case(Reweighted(MCP(0.3)), oracles.mcp(0.3)),
+    Case(Reweighted(LogSum(0.3)), oracles.log_sum(0.3)),
+    Case(Reweighted(SCAD(0.3)), oracles.scad(0.3), anchored=True),
+]
+EXACT = [*CONVEX, *CONCAVE, Case(LogSum(0.3), oracles.log_sum(0.3), anchored=True)]
+"""Those whose prox is the argmin."""
+
+CASES = [*EXACT, *REWEIGHTED]
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
-every_plain_case = pytest.mark.parametrize("case", PLAIN, ids=str)
+every_exact_case = pytest.mark.parametrize("case", EXACT, ids=str)
+every_convex_case = pytest.mark.parametrize("case", CONVEX, ids=str)
+every_plain_case = pytest.mark.parametrize("case", [*PLAIN, *CONCAVE, *REWEIGHTED[:3]], ids=str)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 

@@ -178,7 +178,7 @@ def test_complex_weights_converge_too():
     assert (model.w != 0).tolist() == [True, False, False, True, False, False]
 
 
-@cases.every_case
+@cases.every_convex_case
 def test_it_solves_with_every_penalty(case):
     x, y = diabetes()
     targets = torch.stack([y, y.square(), (y / 30).sin()], dim=1)

@@ -267,6 +267,7 @@ def test_every_package_is_shipped():
 # Public names whose docstring needs no example, with the reason.
 NO_EXAMPLE = {
     "torchreg.Penalty": "abstract; each penalty shows its own",
+    "torchreg.Concave": "abstract; each concave penalty shows its own",
     "torchreg.Selected": "made by select(), which shows it",
     "torchreg.Sparsity": "made by sparsity(), which shows it",
     "torchreg.LayerSparsity": "a row of Sparsity",

@@ -13,10 +13,11 @@ import torch
 from sklearn import linear_model
 from torch import nn
 
+import torchreg
 from tests import cases
 from tests.cases import every_case, every_dtype, every_plain_case
 from tests.oracles import diabetes
-from torchreg import L1, L2, Columns, ElasticNet, GroupLasso, Penalty, Rows, SparseGroupLasso
+from torchreg import L1, L2, ElasticNet, GroupLasso, Penalty, SparseGroupLasso
 from torchreg.penalties.toward import Toward
 
 # ---------------------------------------------------------------------- the list of cases
@@ -154,7 +155,11 @@ def test_scaled_multiplies_the_value_and_leaves_the_original(case):
     w = case.weights(5)
     penalty = case.on(w)
     before = penalty(w)
-    assert penalty.scaled(2.5)(w).item() == pytest.approx(2.5 * case.value(w), rel=1e-12)
+    if penalty.convex:
+        assert penalty.scaled(2.5)(w).item() == pytest.approx(2.5 * case.value(w), rel=1e-12)
+    else:  # λ may set the width too: near 0 it multiplies all the same
+        near = case.anchor(w) + 1e-8 * (w - case.anchor(w))
+        assert penalty.scaled(2.5)(near).item() == pytest.approx(2.5 * penalty(near).item(), rel=1e-5)
     assert penalty.scaled(0.0).is_zero
     assert type(penalty.scaled(2.5)) is type(penalty)
     assert torch.equal(penalty(w), before)
@@ -187,7 +192,7 @@ def test_penalties_survive_pickle_and_deepcopy(case):
     penalty = case.on(w)
     for twin in (pickle.loads(pickle.dumps(penalty)), copy.deepcopy(penalty)):
         assert twin(w).item() == penalty(w).item()
-        if not case.anchored:
+        if case not in (*cases.TOWARD, *cases.WEIGHTED) and not case.anchored:
             assert twin == penalty
 
 
@@ -195,8 +200,7 @@ def test_penalties_survive_pickle_and_deepcopy(case):
 def test_repr_gives_the_formula_and_evaluates_to_an_equal_penalty(case):
     code, _, formula = repr(case.penalty).partition("  # ")
     assert formula == case.penalty.formula
-    names = (L1, L2, ElasticNet, GroupLasso, SparseGroupLasso, Rows, Columns)
-    assert eval(code, {kind.__name__: kind for kind in names}) == case.penalty
+    assert eval(code, vars(torchreg)) == case.penalty
 
 
 def test_repr_of_a_moved_penalty_gives_both_formulas():

@@ -11,7 +11,7 @@ from hypothesis import given
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import cases
-from tests.cases import every_case, every_dtype, same_bits
+from tests.cases import every_case, every_convex_case, every_dtype, every_exact_case, same_bits
 from torchreg import L1, L2, ElasticNet
 from torchreg.penalties.toward import Toward
 
@@ -21,7 +21,7 @@ PRECISE = [torch.float64, torch.float32, torch.complex128, torch.complex64]
 
 
 @pytest.mark.parametrize("dtype", PRECISE, ids=str)
-@every_case
+@every_convex_case
 def test_prox_is_where_bisection_finds_the_minimum(case, dtype):
     w = case.weights(30, dtype)
     for step in cases.steps(w):
@@ -32,7 +32,7 @@ def test_prox_is_where_bisection_finds_the_minimum(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@every_case
+@every_convex_case
 def test_half_precision_is_computed_in_float32_and_rounded_once(case, dtype):
     info = torch.finfo(dtype)
     w = case.shaped(torch.linspace(-3, 3, 201).to(dtype))
@@ -70,7 +70,7 @@ def inner(a, b):
 
 @cases.SETTINGS
 @given(problem=problems(vectors=2), zoom=st.sampled_from([1.0, 0.1, 1e-3]))
-@every_case
+@every_convex_case
 def test_what_prox_takes_off_is_a_subgradient_where_it_arrives(case, problem, zoom):
     w, z, step = shaped(case, problem)
     penalty = case.on(w)
@@ -87,7 +87,7 @@ def test_what_prox_takes_off_is_a_subgradient_where_it_arrives(case, problem, zo
 
 @cases.SETTINGS
 @given(problem=problems(vectors=2))
-@every_case
+@every_convex_case
 def test_prox_is_firmly_nonexpansive(case, problem):
     w, v, step = shaped(case, problem)
     penalty = case.on(w)
@@ -139,7 +139,7 @@ def test_the_minimum_stays_where_it_is(case):
             assert same_bits(case.on(w).prox(minimum, step), minimum), dtype
 
 
-@every_case
+@every_exact_case
 def test_a_huge_step_lands_on_the_minimum_and_overflows_into_no_nan(case):
     for dtype in (torch.float32, torch.bfloat16, torch.complex64):
         w = case.weights(40, dtype)
@@ -153,7 +153,7 @@ def test_a_huge_step_lands_on_the_minimum_and_overflows_into_no_nan(case):
 
 # ---------------------------------------------------------------------- zeros
 
-THRESHOLDS = [case for case in cases.PLAIN if case.oracle.is_kinked]
+THRESHOLDS = [case for case in cases.CASES if case.oracle.is_kinked and not case.anchored]
 
 
 @every_dtype

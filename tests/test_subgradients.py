@@ -5,7 +5,7 @@ import torch
 
 import torchreg as tr
 from tests import cases
-from tests.cases import every_case
+from tests.cases import every_case, every_convex_case
 from tests.models import Bare
 from torchreg.penalties.base import inner
 
@@ -38,7 +38,7 @@ def fine(a, b, *sizes):
 
 
 @every_precise_dtype
-@every_case
+@every_convex_case
 def test_it_is_a_subgradient(case, dtype):
     for w in points(case, dtype):
         penalty = case.on(w)
@@ -70,7 +70,7 @@ def test_it_keeps_shape_and_dtype(case):
         assert (v.shape, v.dtype) == (w.shape, dtype)
 
 
-@every_case
+@every_convex_case
 def test_a_nan_certifies_nothing(case):
     w = case.anchor(torch.zeros(5, 4, dtype=torch.float64))
     gradient = torch.full_like(w, torch.nan)
@@ -94,7 +94,7 @@ def test_a_gradient_of_another_shape_or_kind_is_refused():
 
 
 @every_precise_dtype
-@every_case
+@every_convex_case
 def test_the_dual_norm_is_the_scale_at_which_the_prox_stays_at_the_minimum(case, dtype):
     minimum = case.anchor(torch.zeros(5, 4, dtype=dtype))
     penalty = case.on(minimum)
@@ -114,7 +114,7 @@ def test_the_dual_norm_is_the_scale_at_which_the_prox_stays_at_the_minimum(case,
             assert not torch.equal(freed, minimum)
 
 
-@every_case
+@every_convex_case
 def test_no_gradient_needs_no_penalty(case):
     w = torch.zeros(5, 4)
     assert case.on(w)._dual_norm(w).item() == 0
@@ -125,7 +125,7 @@ def test_no_gradient_needs_no_penalty(case):
 
 
 @every_precise_dtype
-@every_case
+@every_convex_case
 def test_fenchel_and_young_agree(case, dtype):
     for w in points(case, dtype):
         penalty = case.on(w)
@@ -145,7 +145,7 @@ def test_fenchel_and_young_agree(case, dtype):
 
 
 @every_precise_dtype
-@every_case
+@every_convex_case
 def test_the_conjugate_is_the_supremum(case, dtype):
     # ⟨v, u⟩ − Ω(u) less |u|²/(2·step) is greatest at prox(step·v, step): a long step gives the supremum.
     for v in gradients(dtype):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import sys
 import warnings
@@ -268,7 +267,7 @@ def _unit(penalty: Penalty) -> Penalty:
     strengths = {name: getattr(penalty, name) for name in penalty.strengths}
     first = next((name for name, value in strengths.items() if value != 0), penalty.strengths[0])
     unit = {name: value / (strengths[first] or 1.0) for name, value in strengths.items()}
-    return dataclasses.replace(penalty, **{**unit, first: 1.0})
+    return penalty._with(**{**unit, first: 1.0})
 
 
 def _evaluate(reg: Regularizer, closure: Closure, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -25,6 +25,14 @@ def nonnegative(name: str, value: object, next_move: str) -> float:
     return number
 
 
+def above(name: str, value: object, floor: float, next_move: str) -> float:
+    """`value` as a float if it is a finite number > floor ≥ 0, else an error that ends with `next_move`."""
+    number = nonnegative(name, value, next_move)
+    if number <= floor:
+        raise ValueError(f"{name}={value!r} must be more than {floor:g}; {next_move}")
+    return number
+
+
 def step(value: object, shape: torch.Size) -> Step:
     """`value` as a prox step for weights of `shape`. Reads a tensor, so it may synchronize with its device.
 

@@ -42,6 +42,59 @@ def soft_threshold(w: Tensor, threshold: Step) -> Tensor:
     return w - w.clamp(-threshold, threshold)
 
 
+def hard_threshold(w: Tensor, threshold: Step) -> Tensor:
+    """`w` where |w| > threshold, and exact zeros elsewhere: what is kept is not shrunk.
+
+    It is argmin_u ½(u − w)² + ½threshold²·(u ≠ 0) at each entry; of the two minimizers at |w| = threshold it is 0.
+
+    Args:
+        w: real or complex weights of any shape.
+        threshold: a number ≥ 0, or a real tensor ≥ 0 that broadcasts against `w`. It is not looked at.
+    Returns:
+        A new tensor of `w`'s shape. A NaN in `w` stays a NaN where it is.
+    Source: Donoho and Johnstone, 1994; Blumensath and Davies, 2008.
+
+    >>> hard_threshold(torch.tensor([2.0, -0.25, 0.5]), 0.5)
+    tensor([2., 0., 0.])
+    """
+    return w.masked_fill(w.abs() <= _within(threshold, w), 0.0)
+
+
+def firm_threshold(w: Tensor, low: Step, high: Step) -> Tensor:
+    """0 where |w| ≤ low, `w` where |w| > high, and sign(w)·(|w| − low)·high/(high − low) on the way up between them.
+
+    So it is soft at `low` and shrinks nothing beyond `high`. Where high ≤ low it is the hard threshold at `low`.
+
+    Args:
+        w: real or complex weights of any shape.
+        low, high: numbers ≥ 0, or real tensors ≥ 0 that broadcast against `w`. They are not looked at.
+    Returns:
+        A new tensor of `w`'s shape. A NaN in `w` stays a NaN where it is. Between `low` and `high` the slope is
+        high/(high − low), by which the rounding of `w` and `low` is enlarged.
+    Source: Gao and Bruce, 1997.
+
+    >>> firm_threshold(torch.tensor([3.0, -1.5, 0.5]), low=1.0, high=2.0)
+    tensor([ 3., -1.,  0.])
+    """
+    low, high = _within(low, w), _within(high, w)
+    gap = high - low
+    rises = gap > 0
+    stretch = 1 + _choose(rises, low / _choose(rises, gap, 1.0), 0.0)  # high/gap, and exactly 1 where low is 0
+    return torch.where(w.abs() > _choose(rises, high, low), w, soft_threshold(w, low) * stretch)
+
+
+def _within(number: Step, w: Tensor) -> Step:
+    """A number within the range of `w`: comparisons refuse others."""
+    return number if isinstance(number, Tensor) else min(number, torch.finfo(w.dtype).max)
+
+
+def _choose(condition: bool | Tensor, a: Step, b: Step) -> Step:
+    """a where the condition holds, else b: for numbers, and for each entry of tensors."""
+    if isinstance(condition, Tensor):
+        return torch.where(condition, a, b)
+    return a if condition else b
+
+
 def group_soft_threshold(w: Tensor, threshold: Step, dim: int | Sequence[int]) -> Tensor:
     """argmin_u ½Σ|u − w|²/threshold + ‖u‖₂ over each group: a whole group of exact zeros where ‖w/threshold‖₂ ≤ 1.
 

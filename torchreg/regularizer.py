@@ -174,7 +174,7 @@ class Regularizer:
         bounds = self._current()
         return _total([value for _, value in totals.add_gradients_(self._items(bounds, by_term=False))], bounds[0])
 
-    def prox_(self, step: Step | Mapping[str, Step]) -> None:
+    def prox_(self, step: Step | Mapping[str, Step], start: Mapping[str, Tensor] | None = None) -> None:
         """Applies the prox to every selected parameter in place: for an optimizer of one's own.
 
         Call it after the optimizer's step, and add only `reg().detach()` to the loss, or nothing.
@@ -182,8 +182,10 @@ class Regularizer:
         Args:
             step: the step by which a constant gradient of 1 would have moved a weight (plain SGD: the learning
                 rate); a number, a tensor that broadcasts against every parameter, or a dict from name to these.
+            start: from name to a copy of the weights that the optimizer's step started from. `Reweighted` needs it.
         Raises:
-            ValueError: a step is negative, infinite or NaN, does not broadcast, or is missing; nothing has changed.
+            ValueError: a step is negative, infinite or NaN, does not broadcast, or is missing, or a start is; nothing
+                has changed.
             RuntimeError: a parameter is already regularized by an attached optimizer, or computed by a
                 parametrization, or the model has changed as in `reg()`.
         """
@@ -202,11 +204,20 @@ class Regularizer:
                     f"{bound.name} is computed by a parametrization, so a prox cannot write to it; add reg() to the "
                     "loss, or remove the parametrization"
                 )
+            if bound.penalty.linearizes and (start is None or bound.name not in start):
+                raise ValueError(
+                    f"{bound.name} has the penalty {bound.penalty!r}, a tangent where the step started, and no start; "
+                    "clone the weights before the optimizer moves them: start={name: w.detach().clone() for name, w in "
+                    "reg.named_parameters()}, and prox_(step, start)"
+                )
             steps.append(checks.step(own, bound.parameter().shape))
         if self._enabled:
             with torch.no_grad():
                 for bound, own in zip(bounds, steps, strict=True):
-                    bound.penalty.prox_(bound.parameter(), own)
+                    penalty = bound.penalty
+                    if start is not None and penalty.linearizes:
+                        penalty = penalty.linearized(start[bound.name])
+                    penalty.prox_(bound.parameter(), own)
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """(name, parameter) of every selected parameter, as it is now."""
@@ -611,6 +622,9 @@ def _edges(model: nn.Module) -> list[tuple[dict[str, nn.Module | None], str, nn.
 
 def _caveats(bound: Bound, norms: Mapping[int, str], by_prox: bool) -> Iterator[str]:
     """Where the penalty of a layer's weight does not do what it says."""
+    penalty = bound.term.base
+    if by_prox and not penalty.convex and not penalty.linearizes:
+        yield "not convex: where weights rest depends on the step, with tr.Reweighted it does not"
     owner, parameter = bound.selected.owner, bound.parameter()
     if bound.anchor is not None or bound.selected.attribute != "weight":  # toward w₀ ≠ 0 a scale counts, and zeros move
         return

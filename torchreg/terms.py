@@ -61,7 +61,7 @@ class Term:
         if name == "factor":
             self.__dict__["factor"] = number
         else:
-            self.__dict__["base"] = dataclasses.replace(self.base, **{name: number})
+            self.__dict__["base"] = self.base._with(**{name: number})
         self.__dict__["version"] += 1
         self._mirror()
 

@@ -132,9 +132,11 @@ def check_penalty(penalty: Penalty, *, shape: tuple[int, ...] = (6, 4), rtol: fl
     """Certifies that the parts of a penalty belong together: its value, its prox and what it says of itself.
 
     The gradient of the value is its finite difference. The prox, with a number and with tensor steps spread over four
-    decades, is no worse than any of many rivals, and for a convex penalty a subgradient certifies it; a step of 0
-    leaves the weights as they are, bit for bit; `prox_` is `prox`. `scaled`, `is_zero`, `convex` and `separable` hold.
-    A convex penalty that has `_subgradient`, `_dual_norm` and `_conjugate` is held to them as well.
+    decades, is no worse than any of many rivals; for a convex penalty a subgradient certifies it, for a separable one
+    that is not convex a grid over every weight, refined where it is best. (At a tie either minimizer is right.) A step
+    of 0 leaves the weights as they are, bit for bit; `prox_` is `prox`. `scaled`, `is_zero`, `convex` and `separable`
+    hold. A penalty that has `_subgradient`, `_dual_norm` and `_conjugate` is held to them as well, and one that
+    `linearizes` to a tangent that nowhere lies below it.
 
     Args:
         penalty: with strengths that make a difference to weights around 1.
@@ -154,12 +156,22 @@ def check_penalty(penalty: Penalty, *, shape: tuple[int, ...] = (6, 4), rtol: fl
     _check_value(penalty, w, random())
     for step in (0.7, torch.exp(random(2.0)), torch.exp(random(2.0))[..., :1]):
         for scale in (0.1, 1.0, 10.0):
-            _check_prox(penalty, random(scale), step, random, rtol)
+            x = random(scale)
+            if penalty.linearizes:
+                _check_tangent(penalty, x, step, random, rtol)
+                continue
+            _check_prox(penalty, x, step, random, rtol)
+            if penalty.separable and not penalty.convex:
+                _check_every_weight(penalty, x, step, rtol)
     for nothing in (0, 0.0, torch.zeros(shape)):
         _demand(torch.equal(penalty.prox(w, nothing), w), f"{penalty}: a step of 0 must leave the weights as they are")
     _check_claims(penalty, w, random, rtol)
-    if penalty.convex and type(penalty)._subgradient is not Penalty._subgradient:
-        _check_certificates(penalty, random, rtol)
+    if type(penalty)._subgradient is not Penalty._subgradient:
+        if penalty.convex:
+            _check_certificates(penalty, random, rtol)
+        else:
+            _check_slopes(penalty, random)
+        _check_dual_norm(penalty, random(1.0), rtol)
 
 
 def _check_value(penalty: Penalty, w: Tensor, direction: Tensor) -> None:
@@ -231,6 +243,57 @@ def _check_prox(penalty: Penalty, w: Tensor, step: Step, random: Callable[[float
             )
 
 
+def _check_every_weight(penalty: Penalty, w: Tensor, step: Step, rtol: float) -> None:
+    """No weight, moved alone from where the prox leaves it, finds a lower objective."""
+    p = penalty.prox(w, step)
+    metric = torch.as_tensor(step, dtype=w.dtype).expand(w.shape).flatten()
+    count, start, goal = w.numel(), w.flatten(), p.flatten()
+
+    def objective(moved: Tensor) -> Tensor:
+        """For each row of `moved`, one number for each weight that is put in its place, the others as in `p`."""
+        own = torch.eye(count, dtype=torch.bool)
+        each = torch.where(own, moved.unsqueeze(-1), goal).reshape(-1, *w.shape)
+        return (moved - start).square() / (2 * metric) + torch.vmap(penalty)(each).reshape(moved.shape)
+
+    here = objective(goal[None])[0]
+    slack = rtol * (here.abs() + start.square() / metric)
+    width, best = start, start / 2
+    for points in (801, 101, 101):
+        spread = torch.linspace(-1.5, 1.5, points, dtype=w.dtype)[:, None]
+        grid = best + spread * width
+        values = objective(grid)
+        best, width = grid.gather(0, values.argmin(0)[None])[0], 3 * width / (points - 1)
+        worst = (here - values.amin(0) - slack).argmax()
+        _demand(
+            (here <= values.amin(0) + slack)[worst],
+            f"{penalty}: prox is not the argmin: it takes {start[worst]:g} at step {metric[worst]:g} to "
+            f"{goal[worst]:g}, and the objective is lower at {best[worst]:g}",
+        )
+
+
+def _check_tangent(penalty: Penalty, w: Tensor, step: Step, random: Callable[[float], Tensor], rtol: float) -> None:
+    start, gradient = torch.where(random(1.0) > 0, w, 0.0), random(1.0)
+    tangent = penalty.linearized(start)
+    _demand(tangent.convex, f"{penalty}: linearized(w) must be convex")
+    _check_prox(tangent, w, step, random, rtol)
+    for rival in _rivals(start, w, random):
+        above = penalty(start) + tangent(rival) - tangent(start)
+        _demand(
+            penalty(rival) <= above + rtol * (above.abs() + tangent(rival)),
+            f"{penalty}: linearized(w) is no tangent from above: elsewhere it gives {above:g}, and the penalty is "
+            f"{penalty(rival):g}",
+        )
+    _demand(
+        torch.dist(tangent.subgradient(start, gradient), penalty.subgradient(start, gradient)) <= rtol,
+        f"{penalty}: linearized(w) has other subgradients at w, and so other points to rest at",
+    )
+    _demand(
+        torch.equal(penalty.prox(w, step), penalty.linearized(w).prox(w, step))
+        and torch.equal(penalty.prox_(w.clone(), step), penalty.prox(w, step)),
+        f"{penalty}: prox(w, step) must be that of linearized(w), and prox_ the same in place",
+    )
+
+
 def _rivals(p: Tensor, w: Tensor, random: Callable[[float], Tensor]) -> Iterator[Tensor]:
     yield from (w, torch.zeros_like(w), p * 1.01, p * 0.99, (p + w) / 2)
     for scale in (1e-4, 1e-2, 1.0):
@@ -246,7 +309,11 @@ def _rivals(p: Tensor, w: Tensor, random: Callable[[float], Tensor]) -> Iterator
 
 
 def _check_claims(penalty: Penalty, w: Tensor, random: Callable[[float], Tensor], rtol: float) -> None:
-    _demand(torch.allclose(penalty.scaled(2.0)(w), 2 * penalty(w), rtol=rtol), f"{penalty}: scaled(2) must double it")
+    if penalty.convex:
+        doubled = torch.allclose(penalty.scaled(2.0)(w), 2 * penalty(w), rtol=rtol)
+    else:  # λ is the slope at 0, and may set the width too
+        doubled = torch.allclose(penalty.scaled(2.0)(1e-8 * w), 2 * penalty(1e-8 * w), rtol=1e-4, atol=0)
+    _demand(doubled, f"{penalty}: scaled(2) must double it, or its slope at 0")
     _demand(
         penalty.is_zero or penalty != penalty.scaled(2.0),
         f"{penalty} equals itself with other strengths; put @dataclass(frozen=True, repr=False) above its class",
@@ -295,8 +362,26 @@ def _check_certificates(penalty: Penalty, random: Callable[[float], Tensor], rto
                     penalty(z) + conjugate >= (v * z).sum() - rtol * (1 + penalty(z)),
                     f"{penalty}: Ω*(v) is {conjugate:g}, and ⟨v, w⟩ − Ω(w) is {(v * z).sum() - penalty(z):g} at some w",
                 )
-    if type(penalty)._dual_norm is not Penalty._dual_norm and (c := penalty._dual_norm(gradient).item()) < float("inf"):
-        zero = torch.zeros_like(w)
+
+
+def _check_slopes(penalty: Penalty, random: Callable[[float], Tensor]) -> None:
+    """A short proximal step moves a weight by step·(the least subgradient)."""
+    step, w, gradient = 1e-9, torch.where(random(1.0) > 0, random(1.0), 0.0), random(1.0)
+    moved = (w - penalty.prox(w - step * gradient, step)) / step
+    least = gradient + penalty.subgradient(w, gradient)
+    _demand(
+        torch.dist(moved, least) <= 1e-4 * (1 + torch.dist(least, torch.zeros_like(least))),
+        f"{penalty}: subgradient(w, gradient) is not the one nearest to −gradient: a short step of the prox differs",
+    )
+
+
+def _check_dual_norm(penalty: Penalty, gradient: Tensor, rtol: float) -> None:
+    try:
+        c = penalty._dual_norm(gradient).item()
+    except NotImplementedError:
+        return
+    if c < float("inf"):
+        zero = torch.zeros_like(gradient)
         for factor, rests in ((1 + 1e-6, True), (1 - 1e-3, False)):
             left = torch.dist(-gradient, penalty.scaled(c * factor).subgradient(zero, gradient))
             _demand(

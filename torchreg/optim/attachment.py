@@ -37,10 +37,11 @@ class Prox(ABC):
         """Just before the optimizer's update, while its state is the old one."""
         look, follow = (getattr(self.step_size, name, None) for name in ("before", "follow"))
         self._asked: dict[int, Callable[[], Step]] = {}
+        self._tangents: dict[int, Penalty] = {}
         for group, parameter, penalty in self._carried(optimizer):  # refuses, if it must, before any weight has moved
-            if look is None:
-                break
-            if follow is not None or not _idle(penalty):
+            if penalty is not None and penalty.linearizes and not penalty.is_zero:
+                self._tangents[id(parameter)] = _linearized(penalty, parameter, optimizer)
+            if look is not None and (follow is not None or not _idle(penalty)):
                 ask = look(optimizer, group, parameter)
                 if ask is not None:
                     self._asked[id(parameter)] = ask
@@ -51,7 +52,7 @@ class Prox(ABC):
             self._apply(optimizer)
 
     def _apply(self, optimizer: Optimizer) -> None:
-        asked = self.__dict__.pop("_asked", {})
+        asked, tangents = self.__dict__.pop("_asked", {}), self.__dict__.pop("_tangents", {})
         follow = getattr(self.step_size, "follow", None)
         for group, parameter, penalty in self._carried(optimizer):
             if parameter.grad is None:
@@ -60,6 +61,7 @@ class Prox(ABC):
                 if follow is not None:
                     follow(optimizer, group, parameter)
                 continue
+            penalty = tangents.get(id(parameter), penalty)
             large, pieces = _is_large(optimizer, parameter, penalty), getattr(self.step_size, "pieces", None)
             if large and pieces is not None:
                 for w, step in pieces(optimizer, group, parameter):
@@ -260,6 +262,7 @@ class Attachment(Prox):
             "_held": {},
             "_seen": ([], [], []),
             "_asked": {},
+            "_tangents": {},
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -369,6 +372,13 @@ def attach(
 def _idle(penalty: Penalty | None) -> bool:
     """Nothing to apply: the regularizer is disabled, or every strength is 0; a compiled graph does not look."""
     return penalty is None or (not torch.compiler.is_compiling() and penalty.is_zero)
+
+
+def _linearized(penalty: Penalty, parameter: Tensor, optimizer: Optimizer) -> Penalty:
+    """The penalty that follows a step from where `parameter` is; a differentiable optimizer's has a gradient too."""
+    differentiable = bool(optimizer.defaults.get("differentiable"))
+    with torch.set_grad_enabled(differentiable):
+        return penalty.linearized(parameter.clone() if differentiable else parameter)  # a graph keeps the old weights
 
 
 def _is_large(optimizer: Optimizer, parameter: Tensor, penalty: Penalty) -> bool:

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 class Penalty(ABC):
     """Ω(w): pure, immutable maths, with its value and its prox side by side.
 
-    A subclass is a frozen dataclass whose fields named in `strengths` multiply it. It writes two formulas,
-    `_value(w)` and `_prox(w, step)`, on weights that are already checked and in float32 or wider. Three more let
-    `stationarity`, `lambda_max` and `duality_gap` certify a solution: `_subgradient(w, gradient)`,
+    A subclass is a frozen dataclass whose fields named in `strengths` multiply it, or its slope at 0 at least. It
+    writes two formulas, `_value(w)` and `_prox(w, step)`, on weights that are already checked and in float32 or wider.
+    Three more let `stationarity`, `lambda_max` and `duality_gap` certify a solution: `_subgradient(w, gradient)`,
     `_dual_norm(gradient)` and `_conjugate(v)`; without them everything else works.
 
     Attributes:
@@ -34,6 +34,7 @@ class Penalty(ABC):
         convex: Ω is convex.
         separable: Ω is a sum over single weights.
         smooth: Ω is differentiable everywhere.
+        linearizes: a training step takes the prox of `linearized(w)`, with `w` the weights that the step starts from.
     """
 
     name: ClassVar[str]
@@ -42,6 +43,7 @@ class Penalty(ABC):
     convex: ClassVar[bool]
     separable: ClassVar[bool]
     smooth: ClassVar[bool]
+    linearizes: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -103,7 +105,8 @@ class Penalty(ABC):
     def subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
         """argmin_{v ∈ ∂Ω(w)} ‖gradient + v‖, the subgradient of Ω at `w` nearest to −gradient.
 
-        So gradient + subgradient is the least subgradient of loss + Ω, and 0 exactly where `w` is stationary.
+        So gradient + subgradient is the least subgradient of loss + Ω, and 0 exactly where `w` is stationary. Of an Ω
+        that is not convex they are the limiting ones: the limits of slopes nearby, and what lies between at a kink.
 
         Args:
             w: any shape, floating or complex.
@@ -133,6 +136,10 @@ class Penalty(ABC):
             )
         return self._subgradient(wide, gradient).to(w.dtype)
 
+    def linearized(self, w: Tensor) -> Penalty:
+        """The penalty whose prox follows a step that starts at `w`: this one, unless it `linearizes`."""
+        return self
+
     def check(self, w: Tensor) -> None:  # noqa: B027  most penalties take any shape
         """Raises a ValueError where Ω has no meaning for weights of `w`'s shape: asked when a regularizer is built."""
 
@@ -143,7 +150,7 @@ class Penalty(ABC):
         >>> L1(0.5).scaled(0.1)
         L1(strength=0.05)  # λΣ|w|
         """
-        return dataclasses.replace(self, **{name: getattr(self, name) * factor for name in self.strengths})
+        return self._with(**{name: getattr(self, name) * factor for name in self.strengths})
 
     @property
     def is_zero(self) -> bool:
@@ -161,6 +168,10 @@ class Penalty(ABC):
     @abstractmethod
     def _prox(self, w: Tensor, step: Step) -> Tensor:
         """The prox for checked weights in float32 or wider; a tensor step is taken on trust."""
+
+    def _with(self, **strengths: float) -> Self:
+        """The same penalty with other strengths."""
+        return dataclasses.replace(self, **strengths)
 
     def _soft(self) -> Soft | None:
         """Ω as numbers, if it is a sum of |w| and w²; else None: value and prox are passes of their own."""

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from torchreg import checks
 from torchreg.checks import Step
 from torchreg.penalties.base import Penalty, Soft, inner
 
@@ -52,6 +53,10 @@ class Toward(Penalty):
         return self.penalty.smooth
 
     @property
+    def linearizes(self) -> bool:  # type: ignore[override]
+        return self.penalty.linearizes
+
+    @property
     def is_zero(self) -> bool:
         return self.penalty.is_zero
 
@@ -60,6 +65,10 @@ class Toward(Penalty):
 
     def scaled(self, factor: float) -> Toward:
         return dataclasses.replace(self, penalty=self.penalty.scaled(factor))
+
+    def linearized(self, w: Tensor) -> Toward:
+        wide = checks.widened(w)
+        return dataclasses.replace(self, penalty=self.penalty.linearized(wide - self.anchor.to(wide)))
 
     def _value(self, w: Tensor) -> Tensor:
         return self.penalty._value(w - self.anchor.to(w))

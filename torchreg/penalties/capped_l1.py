@@ -1,0 +1,64 @@
+"""Capped L1 = λ Σ min(|w|, θ): L1 up to θ, and a constant price beyond."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from torchreg import checks
+from torchreg.checks import Step
+from torchreg.functional import _choose, _within, soft_threshold
+from torchreg.penalties.concave import Concave, geometric_mean
+
+
+@dataclass(frozen=True, repr=False)
+class CappedL1(Concave):
+    """λ Σ min(|w|, θ).
+
+    prox(w, step) is the soft threshold up to |w| = θ + λ·step/2, and `w` as it is beyond. From λ·step = 2θ on it is the
+    hard threshold at √(2θλ·step). Of its two minimizers at the jump it takes the smaller.
+
+    The slope is λ up to |w| = θ, and 0 beyond.
+
+    Args:
+        strength: λ ≥ 0, in units of loss per unit of |w|.
+        theta: θ > 0, in units of w: the size from which on a weight is let alone.
+    Shape:
+        w: any shape, floating or complex. The value is a 0-d tensor (float32 or wider); the prox keeps w's
+        shape and dtype.
+    Raises:
+        TypeError: strength or theta is not a number.
+        ValueError: strength is negative, theta is not positive, or one is infinite or NaN.
+    Source: Zhang, 2010 (multi-stage convex relaxation); Gong et al., 2013, for the prox.
+
+    >>> CappedL1(0.5, theta=1.0)(torch.tensor([2.0, -0.25]))
+    tensor(0.6250)
+    >>> CappedL1(0.5, theta=1.0).prox(torch.tensor([2.0, -0.75, 0.25]), step=1.0)
+    tensor([ 2.0000, -0.2500,  0.0000])
+    """
+
+    strength: float
+    theta: float
+
+    name: ClassVar[str] = "capped_l1"
+    formula: ClassVar[str] = "λ Σ min(|w|, θ)"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "theta", checks.above("theta", self.theta, 0, "write CappedL1(1e-4, theta=0.1)"))
+
+    def _value(self, w: Tensor) -> Tensor:
+        return self.strength * w.abs().clamp(max=_within(self.theta, w)).sum()
+
+    def _prox(self, w: Tensor, step: Step) -> Tensor:
+        threshold = self.strength * step
+        jump = _choose(
+            threshold < 2 * self.theta, self.theta + threshold / 2, geometric_mean(2 * self.theta, threshold)
+        )
+        return torch.where(w.abs() > _within(jump, w), w, soft_threshold(w, threshold))
+
+    def _slope(self, modulus: Tensor) -> Tensor:
+        return self.strength * (modulus <= self.theta).to(modulus.dtype)

@@ -1,0 +1,70 @@
+"""SCAD, smoothly clipped absolute deviation: L1 up to λ, then less and less, and nothing beyond aλ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from torchreg import checks
+from torchreg.checks import Step
+from torchreg.functional import _choose, _within, firm_threshold, soft_threshold
+from torchreg.penalties.concave import Concave, geometric_mean
+
+
+@dataclass(frozen=True, repr=False)
+class SCAD(Concave):
+    """Σ λ|w| − max(|w| − λ, 0)²/(2(a − 1)), constant from |w| = aλ on.
+
+    prox(w, step) is the soft threshold up to |w| = λ(1 + step), weights beyond aλ as they are, and a line between. For
+    a − 1 ≤ step < a + 1 the line is a jump at λ(a + 1 + step)/2, and from step = a + 1 on it is the hard threshold at
+    λ√((a + 1)·step); of its two minimizers at a jump it takes the smaller.
+
+    The slope is λ up to |w| = λ, then (aλ − |w|)/(a − 1), 0 from |w| = aλ on. λ is the slope at 0, and sets the widths
+    too, as is usual.
+
+    Args:
+        strength: λ ≥ 0, in units of loss per unit of |w|.
+        a: > 1, where it ends, in units of λ; as a → ∞ it is L1.
+    Shape:
+        w: any shape, floating or complex. The value is a 0-d tensor (float32 or wider); the prox keeps w's
+        shape and dtype.
+    Raises:
+        TypeError: strength or a is not a number.
+        ValueError: strength is negative, a is not more than 1, or one is infinite or NaN.
+    Source: Fan and Li, 2001, who take a = 3.7.
+
+    >>> SCAD(0.5)(torch.tensor([2.0, -0.3]))
+    tensor(0.7375)
+    >>> SCAD(0.5).prox(torch.tensor([2.0, -0.75, 0.25]), step=1.0)
+    tensor([ 2.0000, -0.2500,  0.0000])
+    """
+
+    strength: float
+    a: float = 3.7
+
+    name: ClassVar[str] = "scad"
+    formula: ClassVar[str] = "Σ λ|w| − max(|w| − λ, 0)²/(2(a − 1)), constant from |w| = aλ on"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "a", checks.above("a", self.a, 1, "write SCAD(1e-4, a=3.7)"))
+
+    def _value(self, w: Tensor) -> Tensor:
+        modulus = w.abs().clamp(max=_within(self.a * self.strength, w))
+        return (self.strength * modulus - (modulus - self.strength).relu().square() / (2 * (self.a - 1))).sum()
+
+    def _prox(self, w: Tensor, step: Step) -> Tensor:
+        a, end = self.a, self.a * self.strength
+        knee = _choose(step < a - 1, 1 + step, (a + 1 + step) / 2)
+        knee = self.strength * _choose(step < a + 1, knee, geometric_mean(a + 1, step))
+        low = _choose(step < a - 1, end / (a - 1) * step, end)  # at `end` nothing is left of the line
+        soft = soft_threshold(w, self.strength * step)
+        return torch.where(w.abs() > _within(knee, w), firm_threshold(w, low, end), soft)
+
+    def _slope(self, modulus: Tensor) -> Tensor:
+        return ((self.a * self.strength - modulus) / (self.a - 1)).clamp(
+            0, min(self.strength, torch.finfo(modulus.dtype).max)
+        )

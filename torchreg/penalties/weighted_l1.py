@@ -1,0 +1,64 @@
+"""Weighted L1 = λ Σ v·|w|: a strength for each weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from torchreg.checks import Step
+from torchreg.functional import soft_threshold
+from torchreg.penalties.base import Penalty, indicator, largest, over
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class WeightedL1(Penalty):
+    """λ Σ v·|w|.
+
+    prox(w, step) = sign(w)·max(|w| − step·λ·v, 0), the soft threshold: exact zeros.
+
+    Users write `Reweighted(penalty)`, which makes one for each parameter and step.
+
+    Args:
+        strength: λ ≥ 0, in units of loss per unit of v·|w|.
+        weights: v ≥ 0, a real tensor that broadcasts against `w`. It is not looked at.
+    Shape:
+        w: any shape against which `weights` broadcasts, floating or complex.
+    Source: Zou, 2006 (the adaptive lasso).
+
+    >>> WeightedL1(0.5, torch.tensor([1.0, 4.0])).prox(torch.tensor([3.0, 1.25]), step=1.0)
+    tensor([2.5000, 0.0000])
+    """
+
+    strength: float
+    weights: Tensor
+
+    name: ClassVar[str] = "weighted_l1"
+    formula: ClassVar[str] = "λ Σ v·|w|"
+    strengths: ClassVar[tuple[str, ...]] = ("strength",)
+    convex: ClassVar[bool] = True
+    separable: ClassVar[bool] = True
+    smooth: ClassVar[bool] = False
+
+    def _value(self, w: Tensor) -> Tensor:
+        return (self._limit(w) * w.abs()).sum()
+
+    def _prox(self, w: Tensor, step: Step) -> Tensor:
+        return soft_threshold(w, step * self._limit(w))
+
+    def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
+        limit = self._limit(w)
+        at_zero = -gradient.sgn() * torch.minimum(gradient.abs(), limit)
+        return torch.where(w == 0, at_zero, limit * (w / w.abs()))  # the sign of a NaN would be 0
+
+    def _dual_norm(self, gradient: Tensor) -> Tensor:
+        return largest(over(gradient.abs(), self._limit(gradient)))
+
+    def _conjugate(self, v: Tensor) -> Tensor:
+        return indicator(v.abs() <= self._limit(v))
+
+    def _limit(self, w: Tensor) -> Tensor:
+        """λ·v in the precision of `w`."""
+        return self.strength * self.weights.to(w.real.dtype)
