@@ -163,6 +163,9 @@ def check_penalty(penalty: Penalty, *, shape: tuple[int, ...] = (6, 4), rtol: fl
             _check_prox(penalty, x, step, random, rtol)
             if penalty.separable and not penalty.convex:
                 _check_every_weight(penalty, x, step, rtol)
+                edge = _edge(penalty, x, step)
+                for factor in (0.99, 1.01):
+                    _check_every_weight(penalty, factor * edge, step, rtol)
     for nothing in (0, 0.0, torch.zeros(shape)):
         _demand(torch.equal(penalty.prox(w, nothing), w), f"{penalty}: a step of 0 must leave the weights as they are")
     _check_claims(penalty, w, random, rtol)
@@ -260,7 +263,7 @@ def _check_every_weight(penalty: Penalty, w: Tensor, step: Step, rtol: float) ->
     width, best = start, start / 2
     for points in (801, 101, 101):
         spread = torch.linspace(-1.5, 1.5, points, dtype=w.dtype)[:, None]
-        grid = best + spread * width
+        grid = torch.cat([torch.zeros_like(best)[None], best + spread * width])  # 0 to the last bit, for L0
         values = objective(grid)
         best, width = grid.gather(0, values.argmin(0)[None])[0], 3 * width / (points - 1)
         worst = (here - values.amin(0) - slack).argmax()
@@ -269,6 +272,16 @@ def _check_every_weight(penalty: Penalty, w: Tensor, step: Step, rtol: float) ->
             f"{penalty}: prox is not the argmin: it takes {start[worst]:g} at step {metric[worst]:g} to "
             f"{goal[worst]:g}, and the objective is lower at {best[worst]:g}",
         )
+
+
+def _edge(penalty: Penalty, w: Tensor, step: Step) -> Tensor:
+    """`w` scaled, weight by weight, to where the prox begins to keep it: where one that is not convex may jump."""
+    low, high = torch.zeros_like(w), torch.full_like(w, 1e4)
+    for _ in range(40):
+        middle = (low + high) / 2
+        dead = penalty.prox(middle * w, step) == 0
+        low, high = torch.where(dead, middle, low), torch.where(dead, high, middle)
+    return high * w
 
 
 def _check_tangent(penalty: Penalty, w: Tensor, step: Step, random: Callable[[float], Tensor], rtol: float) -> None:

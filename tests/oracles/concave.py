@@ -11,7 +11,7 @@ import numpy as np
 
 from tests.oracles.separable import Separable
 
-GRID, BISECTIONS = 2000, 80
+GRID, BISECTIONS = 1000, 60
 
 
 @dataclass(frozen=True)
