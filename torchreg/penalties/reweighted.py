@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -89,11 +89,15 @@ class Reweighted(Penalty):
         return f"Reweighted({repr(self.penalty).partition('  #')[0]})  # {self.formula}"
 
     def _with(self, **strengths: float) -> Reweighted:
-        return replace(self, penalty=self.penalty._with(**strengths))
+        return self._of(self.penalty._with(**strengths))
 
     def _under(self, strengths: Sequence[Tensor]) -> Reweighted:
+        return self._of(self.penalty._under(strengths))
+
+    def _of(self, penalty: Concave) -> Reweighted:
+        """The same of a penalty of this class, whose slope is known to be finite: a compiled step must not look."""
         new = object.__new__(type(self))
-        object.__setattr__(new, "penalty", self.penalty._under(strengths))
+        object.__setattr__(new, "penalty", penalty)
         return new
 
     def _value(self, w: Tensor) -> Tensor:
