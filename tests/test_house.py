@@ -41,6 +41,7 @@ ORDER = [
     "optim",
     "testing",
     "schedules",
+    "target_sparsity",
     "paths",
     "compaction",
     "plots",
@@ -231,7 +232,7 @@ def public(module: types.ModuleType) -> dict[str, object]:
 
 PUBLIC = {
     f"{module.__name__}.{name}": value
-    for module in (torchreg, torchreg.optim, torchreg.functional, torchreg.plots)
+    for module in (torchreg, torchreg.optim, torchreg.functional, torchreg.plots, torchreg.schedules)
     for name, value in public(module).items()
 }
 

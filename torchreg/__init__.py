@@ -9,6 +9,7 @@ optimizer = tr.optim.ProxAdam(model.parameters(), lr=1e-3, regularizer=reg)     
 from torchreg import functional as functional
 from torchreg import optim as optim
 from torchreg import plots as plots
+from torchreg import schedules as schedules
 from torchreg import testing as testing
 from torchreg.certificates import Stationarity as Stationarity
 from torchreg.certificates import duality_gap as duality_gap
@@ -39,6 +40,7 @@ from torchreg.penalties import Reweighted as Reweighted
 from torchreg.penalties import SparseGroupLasso as SparseGroupLasso
 from torchreg.penalties import TransformedL1 as TransformedL1
 from torchreg.regularizer import Regularizer as Regularizer
+from torchreg.schedules import Schedule as Schedule
 from torchreg.selection import Selected as Selected
 from torchreg.selection import select as select
 from torchreg.terms import Term as Term

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +33,30 @@ def above(name: str, value: object, floor: float, next_move: str) -> float:
     if number <= floor:
         raise ValueError(f"{name}={value!r} must be more than {floor:g}; {next_move}")
     return number
+
+
+def whole(name: str, value: object, least: int = 1) -> int:
+    """`value` as an int if it is a whole number of steps, at least `least`.
+
+    >>> whole("steps", 0)
+    Traceback (most recent call last):
+    ...
+    ValueError: steps=0 must be at least 1; it counts calls of step()
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        kind = type(value).__name__
+        raise TypeError(f"{name}={value!r} is a {kind}, not a whole number; round it with int(), it counts steps")
+    if value < least:
+        raise ValueError(f"{name}={value} must be at least {least}; it counts calls of step()")
+    return value
+
+
+def state(value: object, names: Sequence[str]) -> Mapping[str, Any]:
+    """`value` if it is a state with exactly these entries, else an error."""
+    if not isinstance(value, Mapping) or set(value) != set(names):
+        what = f"a dict with {list(value)[:3]}" if isinstance(value, Mapping) else type(value).__name__
+        raise TypeError(f"expected a state with {', '.join(names)}, got {what}; load what state_dict() gave")
+    return value
 
 
 def step(value: object, shape: torch.Size) -> Step:
