@@ -43,6 +43,7 @@ from torchreg.regularizer import Regularizer as Regularizer
 from torchreg.schedules import Schedule as Schedule
 from torchreg.selection import Selected as Selected
 from torchreg.selection import select as select
+from torchreg.target_sparsity import TargetSparsity as TargetSparsity
 from torchreg.terms import Term as Term
 from torchreg.zeros import FrozenZeros as FrozenZeros
 from torchreg.zeros import LayerSparsity as LayerSparsity

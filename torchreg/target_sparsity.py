@@ -1,0 +1,344 @@
+"""Target sparsity: λ moves so that training ends with a wished share of zeros."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from torchreg import checks
+from torchreg.groups import Groups
+from torchreg.regularizer import Regularizer
+from torchreg.schedules import Curve
+from torchreg.terms import Bound
+
+FIRST = 0.01
+"""The factor to begin with: a strength that is 100 times too large starts at what would be right, not above it."""
+GAIN = 3.0
+"""By how much log λ answers to logit S: with 2 some networks came late to the target, with 6 λ followed the noise."""
+SMOOTHING = 0.25
+"""The share of a new reading in the mean that steers: batches shake S, and a small network counts in large steps."""
+FASTEST = 40.0
+"""The most that log λ may change by in a whole training, evenly divided: no single reading moves it far."""
+SOONEST = 0.1
+"""What is missing is never made up for in a smaller share of the steps: weights take time to reach zero."""
+FAR = 0.05
+"""An error before the finish from which on the finish does more than round off: said in a warning."""
+
+
+class TargetSparsity:
+    """Moves λ so that exactly the share `target` of the weights is zero when training ends.
+
+    Call `step()` once after each `optimizer.step()`. Every few steps it reads the share S of zeros and moves the factor
+    of λ, with z = log(S/(1 − S)):
+
+        log factor += 3·[3·(z_target − z)/(steps left)·(steps since the last reading) − (z − z at the last reading)]
+
+    S then follows dS/dt = 3·(target − S)/(time left), the cubic path from wherever it is. The factor begins at 0.01, so
+    that the strength may be wrong by 100 times in either direction, and `factor` ends at what was found.
+
+    In the last steps, the `finish`, the zeros are set: as many as wished, to the weight, the smallest |w| of all. They
+    stay zero at every `step()`, and the factor is 0, so that the weights that are left train without the penalty. To
+    train on after the end, call `step()` on, or `freeze_zeros`.
+
+    Args:
+        regularizer: whose factors to move; a proximal optimizer carries it already.
+        target: 0 < target < 1, or a curve from step to target such as `schedules.Cubic(0, 0.9, steps=8000)`.
+        total_steps: the number of calls of `step()` until training ends.
+        term: the only term to move and to count; None is all of them.
+        groups: count groups, such as `Rows()`: target is the share of groups that are zero, and the finish takes those
+            of the least root mean square. None counts weights.
+        finish: the share of the steps that the finish takes.
+        every: steps between two readings, each one synchronization with the device; None is total_steps/200.
+    Attributes:
+        last_step: the number of calls of `step()`.
+        sparsity: the share of zeros at the last reading.
+        factor: of λ, as it was found; in the finish `reg[term].factor` is 0.
+    Raises:
+        TypeError: an argument is of a kind that cannot serve.
+        ValueError: the target cannot be reached: out of range, or all or none of so few weights; the penalty makes no
+            such zeros (L2 makes none, and a group lasso none within a group); a strength is 0; or no proximal optimizer
+            carries a parameter, as a penalty in the loss makes no zeros. Nothing has changed.
+    Warns:
+        UserWarning: half of the steps have made hardly a zero, or the finish had to move S by more than 5 points.
+    Source: Zhu and Gupta, 2017, for the cubic path.
+
+    >>> model = nn.Linear(20, 1)
+    >>> reg = Regularizer(model, L1(0.1))
+    >>> optimizer = tr.optim.ProxAdam(model.parameters(), lr=0.05, regularizer=reg)
+    >>> target = TargetSparsity(reg, 0.75, total_steps=200)
+    >>> x = torch.randn(100, 20)
+    >>> for _ in range(200):
+    ...     optimizer.zero_grad()
+    ...     (model(x)[:, 0] - x[:, :5].sum(1)).square().mean().backward()
+    ...     optimizer.step()
+    ...     target.step()
+    >>> target.sparsity, int((model.weight == 0).sum())
+    (0.75, 15)
+    """
+
+    def __init__(
+        self,
+        regularizer: Regularizer,
+        target: float | Curve,
+        *,
+        total_steps: int,
+        term: str | None = None,
+        groups: Groups | None = None,
+        finish: float = 0.1,
+        every: int | None = None,
+    ) -> None:
+        if not isinstance(regularizer, Regularizer):
+            raise TypeError(
+                f"expected a Regularizer, whose strength is to be found, got {type(regularizer).__name__}; "
+                "build one: Regularizer(model, L1(1e-4))"
+            )
+        if term is not None and term not in regularizer.terms:
+            raise ValueError(f"no term {term!r} to move; the terms are {list(regularizer.terms)}")
+        if not (groups is None or isinstance(groups, Groups)):
+            raise TypeError(
+                f"groups={groups!r} is no geometry; write groups=Rows() or groups=Columns(), or leave it out"
+            )
+        self.regularizer = regularizer
+        self.total_steps = checks.whole("total_steps", total_steps, least=10)
+        self._target = target
+        self._terms = list(regularizer.terms) if term is None else [term]
+        self._groups = groups
+        length = checks.nonnegative("finish", finish, "pass the share of the steps that it takes, such as 0.1")
+        if not 0 < length < 1:
+            raise ValueError(f"finish={finish!r} must lie between 0 and 1; pass a share of the steps, such as 0.1")
+        self._control_ends = max(total_steps - max(1, round(length * total_steps)), 1)
+        self._every = max(1, total_steps // 200) if every is None else checks.whole("every", every)
+        self._check()
+        self._units = sum(zero.numel() for zero in self._zeros())
+        if not callable(target) and self._at(total_steps) == 0:
+            raise ValueError("target=0 needs no zeros; leave TargetSparsity out, or pass a target such as 0.9")
+        self._at(0)
+        self._wanted = round(self._at(total_steps) * self._units)
+        if not 0 < self._wanted < self._units:
+            how_many = "none" if self._wanted == 0 else "all"
+            raise ValueError(
+                f"a target of {self._at(total_steps):g} is {how_many} of {self._units} {self._kind}; "
+                "pass one that leaves some and zeroes some"
+            )
+        self.last_step = 0
+        self.sparsity = self._read()
+        self.factor = FIRST
+        self._z = self._logit(self.sparsity)
+        self._kept: dict[str, Tensor] = {}  # in the finish, by name: which units are held at zero
+        self._set(FIRST)
+
+    # ------------------------------------------------------------------ stepping
+
+    @property
+    def target(self) -> float:
+        """The target of the present step."""
+        return self._at(self.last_step)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Reads and moves λ where it is time to, and holds the zeros in the finish: after each `optimizer.step()`."""
+        self.last_step += 1
+        if self.last_step < self._control_ends:
+            if self.last_step % self._every == 0:
+                self._control()
+            return
+        if self.last_step == self._control_ends:
+            self._choose()
+        self._hold()
+        if self.last_step == self.total_steps:
+            self.sparsity = self._read()
+            if (zeros := round(self.sparsity * self._units)) > self._wanted:
+                warnings.warn(
+                    f"{zeros:,} of {self._units:,} {self._kind} are zero, {self._wanted:,} were wished: the others have "
+                    "no gradient, as behind dead neurons; begin at a smaller strength, or train for longer",
+                    stacklevel=3,
+                )
+
+    def _control(self) -> None:
+        self.sparsity, before = self._read(), self._z
+        self._z += SMOOTHING * (self._logit(self.sparsity) - before)
+        passed, wished = self._every / self._control_ends, self._logit(self.target)
+        left, lead = SOONEST, 0.0
+        if callable(self._target):  # it gives the path: λ keeps up with it
+            lead = wished - self._logit(self._at(self.last_step - self._every))
+        else:
+            left = max(1 - self.last_step / self._control_ends, SOONEST)
+        change = GAIN * (3 * (wished - self._z) / left * passed + lead - (self._z - before))
+        limit = FASTEST * passed
+        self.factor *= math.exp(min(max(change, -limit), limit))
+        self._set(self.factor)
+        half = self._control_ends // 2
+        if half <= self.last_step < half + self._every and self.sparsity < self.target / 10:
+            warnings.warn(
+                f"half of the steps have zeroed {self.sparsity:.2%} of the {self._kind} on the way to "
+                f"{self.target:.2%}, and λ's factor is {self.factor:.3g}; see that optimizer.step() comes before each "
+                "step(), that the regularizer is enabled and lr above 0, or begin at a larger strength",
+                stacklevel=4,
+            )
+
+    # ------------------------------------------------------------------ the finish
+
+    def _choose(self) -> None:
+        """Decides which units are held at zero: the zeros and the smallest, or where they are too many, fewer zeros."""
+        zeros, self.sparsity = self._zeros(), self._read()
+        self._set(0.0)
+        error, aim = self.sparsity - self._wanted / self._units, self._wanted / self._units
+        if abs(error) > FAR:
+            warnings.warn(
+                f"the penalty had zeroed {self.sparsity:.2%} of the {self._kind} when the finish began, and the finish "
+                f"makes it {aim:.2%} by size alone; train for longer, or begin at another strength: factor "
+                f"{self.factor:.3g} of this one is where it stood",
+                stacklevel=4,
+            )
+        scores = [
+            self._sizes(bound, zero, too_many=error > 0) for bound, zero in zip(self._bounds(), zeros, strict=True)
+        ]
+        every_score = torch.cat([score.flatten().to(scores[0].device) for score in scores])
+        chosen = torch.zeros_like(every_score, dtype=torch.bool)
+        chosen[every_score.topk(self._wanted, largest=False).indices] = True
+        parts = chosen.split([zero.numel() for zero in zeros])
+        self._kept = {
+            bound.name: part.view(zero.shape).to(zero.device)
+            for bound, part, zero in zip(self._bounds(), parts, zeros, strict=True)
+        }
+
+    def _sizes(self, bound: Bound, zero: Tensor, too_many: bool) -> Tensor:
+        """By what a unit is chosen, the least first; of too many zeros those are let go that have the most gradient."""
+        parameter = bound.parameter().detach()
+        if not too_many:
+            w = parameter - _anchor(bound)
+        else:
+            gradient = bound.parameter().grad
+            w = torch.zeros_like(parameter) if gradient is None else gradient
+        size = checks.widened(w).abs()
+        if self._groups is not None:
+            size = self._groups.norms(size) / math.sqrt(self._groups.size(size))
+        return torch.where(zero, size, torch.inf) if too_many else size
+
+    def _hold(self) -> None:
+        for bound in self._bounds():
+            parameter = bound.parameter()
+            parameter.copy_(torch.where(self._kept[bound.name], _anchor(bound), parameter))
+
+    # ------------------------------------------------------------------ reading
+
+    def _bounds(self) -> list[Bound]:
+        return [bound for bound in self.regularizer._current() if bound.term.key in self._terms]
+
+    def _zeros(self) -> list[Tensor]:
+        """Of each parameter, which units are zero; toward w₀, which are at w₀."""
+        found = []
+        for bound in self._bounds():
+            live = bound.parameter().detach() != _anchor(bound)
+            if self._groups is not None:
+                live = live.any(dim=self._groups.dim(live), keepdim=True)
+            found.append(~live)
+        return found
+
+    def _read(self) -> float:
+        counts: dict[torch.device, list[Tensor]] = {}
+        for zero in self._zeros():
+            counts.setdefault(zero.device, []).append(zero.count_nonzero())
+        return sum(sum(torch.stack(own).tolist()) for own in counts.values()) / self._units
+
+    def _logit(self, share: float) -> float:
+        """log S/(1 − S), level where it would run away: near no zeros, and well beyond the target."""
+        highest = 1 - (1 - self._wanted / self._units) / 4
+        share = min(max(share, 0.05), highest)
+        return math.log(share / (1 - share))
+
+    def _at(self, step: int) -> float:
+        target = self._target(step) if callable(self._target) else self._target
+        share = checks.nonnegative("target", target, "pass the share of zeros, such as 0.9")
+        if share >= 1:
+            raise ValueError(f"target={share!r} must be below 1: it is a share, and 0.9 means 90% zeros")
+        return share
+
+    def _set(self, factor: float) -> None:
+        for term in self._terms:
+            self.regularizer[term].factor = factor
+
+    @property
+    def _kind(self) -> str:
+        return "weights" if self._groups is None else f"groups of {self._groups!r}"
+
+    # ------------------------------------------------------------------ what can be reached
+
+    def _check(self) -> None:
+        """Raises where the zeros that are wished cannot come about."""
+        held = {id_ for route in self.regularizer._live_routes() for id_ in route.held()}
+        for bound in self._bounds():
+            parameter = bound.parameter()
+            if checks.is_sharded(parameter):
+                raise ValueError(f"{bound.name} is sharded, and TargetSparsity ranks whole weights; use a Schedule")
+            if id(parameter) not in held:
+                raise ValueError(
+                    f"no proximal optimizer carries {bound.name}, and a penalty in the loss makes no zeros; build the "
+                    "optimizer first: tr.optim.ProxAdam(model.parameters(), regularizer=reg)"
+                )
+            penalty = bound.term.base.scaled(bound.scale)
+            # One unit next to nothing and all others huge: does the penalty zero that one alone?
+            w = torch.full(parameter.shape, 1e12, device=parameter.device)
+            unit = torch.zeros(w.shape if self._groups is None else self._groups.shape(w), device=w.device).bool()
+            unit.view(-1)[:1] = True
+            zero = penalty.prox(torch.where(unit, 1e-12, w), 1.0) == 0
+            if not bool((zero | ~unit).all()):
+                what = "single weights" if self._groups is None else self._kind
+                raise ValueError(
+                    f"{penalty!r} of {bound.name} never zeroes {what}, whatever its factor; give a penalty that does "
+                    "(L1, or GroupLasso with groups=Rows()), a strength above 0, or the term that has one: term=..."
+                )
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, and in the finish which units are held: for `torch.load(weights_only=True)`."""
+        return {
+            "last_step": self.last_step,
+            "factor": self.factor,
+            "sparsity": self.sparsity,
+            "z": self._z,
+            "kept": dict(self._kept),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from where that one stood, bit for bit.
+
+        Raises:
+            TypeError: it is no state of a TargetSparsity.
+            ValueError: it holds zeros of other parameters or shapes; nothing has changed.
+        """
+        checks.state(state, ["last_step", "factor", "sparsity", "z", "kept"])
+        last_step = checks.whole("last_step", state["last_step"], least=0)
+        factor = checks.nonnegative("factor", state["factor"], "load what state_dict() gave")
+        kept = cast("Mapping[str, Tensor]", state["kept"])
+        shapes = {bound.name: zero.shape for bound, zero in zip(self._bounds(), self._zeros(), strict=True)}
+        if ({name: zero.shape for name, zero in kept.items()} or shapes) != shapes:
+            raise ValueError(
+                f"the state holds zeros of {list(kept)}, here are {list(shapes)}; load it into the same model"
+            )
+        self.last_step, self.factor = last_step, factor
+        self.sparsity, self._z = float(state["sparsity"]), float(state["z"])
+        self._kept = {bound.name: kept[bound.name].to(bound.parameter().device) for bound in self._bounds() if kept}
+        self._set(0.0 if kept else factor)
+
+    def __repr__(self) -> str:
+        return (
+            f"TargetSparsity({self.target:.2%} of {self._units:,} {self._kind}, step {self.last_step} of "
+            f"{self.total_steps}, {self.sparsity:.2%} zero at factor {self.factor:.3g})"
+        )
+
+
+def _anchor(bound: Bound) -> Tensor:
+    """What counts as zero: 0, or w₀."""
+    parameter = bound.parameter()
+    return (
+        torch.zeros((), dtype=parameter.dtype, device=parameter.device)
+        if bound.anchor is None
+        else bound.anchor.to(parameter)
+    )
