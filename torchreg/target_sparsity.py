@@ -38,8 +38,9 @@ class TargetSparsity:
 
         log factor += 3·[3·(z_target − z)/(steps left)·(steps since the last reading) − (z − z at the last reading)]
 
-    S then follows dS/dt = 3·(target − S)/(time left), the cubic path from wherever it is. The factor begins at 0.01, so
-    that the strength may be wrong by 100 times in either direction, and `factor` ends at what was found.
+    S then follows dS/dt = 3·(target − S)/(time left), the cubic path from wherever it is; z is a running mean, and the
+    most by which λ moves at once halves where it turns round. The factor begins at 0.01, so that the strength may be
+    wrong by 100 times in either direction, and `factor` ends at what was found.
 
     In the last steps, the `finish`, the zeros are set: as many as wished, to the weight, the smallest |w| of all. They
     stay zero at every `step()`, and the factor is 0, so that the weights that are left train without the penalty. To
@@ -129,6 +130,7 @@ class TargetSparsity:
         self.sparsity = self._read()
         self.factor = FIRST
         self._z = self._logit(self.sparsity)
+        self._change, self._limit = 0.0, math.inf  # of log λ, at the last reading, and at most
         self._kept: dict[str, Tensor] = {}  # in the finish, by name: which units are held at zero
         self._set(FIRST)
 
@@ -154,8 +156,8 @@ class TargetSparsity:
             self.sparsity = self._read()
             if (zeros := round(self.sparsity * self._units)) > self._wanted:
                 warnings.warn(
-                    f"{zeros:,} of {self._units:,} {self._kind} are zero, {self._wanted:,} were wished: the others have "
-                    "no gradient, as behind dead neurons; begin at a smaller strength, or train for longer",
+                    f"{zeros:,} of {self._units:,} {self._kind} are zero, {self._wanted:,} were wished: the others "
+                    "have no gradient, as behind dead neurons; begin at a smaller strength, or train for longer",
                     stacklevel=3,
                 )
 
@@ -169,11 +171,15 @@ class TargetSparsity:
         else:
             left = max(1 - self.last_step / self._control_ends, SOONEST)
         change = GAIN * (3 * (wished - self._z) / left * passed + lead - (self._z - before))
-        limit = FASTEST * passed
-        self.factor *= math.exp(min(max(change, -limit), limit))
+        # Where λ turns round the next moves are smaller, so that it settles whatever S answers and how soon.
+        fastest = FASTEST * passed
+        turned = change * self._change < 0
+        self._limit = max(self._limit / 2, fastest / 20) if turned else min(self._limit * 1.2, fastest)
+        self._change = min(max(change, -self._limit), self._limit)
+        self.factor *= math.exp(self._change)
         self._set(self.factor)
         half = self._control_ends // 2
-        if half <= self.last_step < half + self._every and self.sparsity < self.target / 10:
+        if half <= self.last_step < half + self._every and self.sparsity < self.target / 100:
             warnings.warn(
                 f"half of the steps have zeroed {self.sparsity:.2%} of the {self._kind} on the way to "
                 f"{self.target:.2%}, and λ's factor is {self.factor:.3g}; see that optimizer.step() comes before each "
@@ -248,8 +254,8 @@ class TargetSparsity:
 
     def _logit(self, share: float) -> float:
         """log S/(1 − S), level where it would run away: near no zeros, and well beyond the target."""
-        highest = 1 - (1 - self._wanted / self._units) / 4
-        share = min(max(share, 0.05), highest)
+        aim = self._wanted / self._units
+        share = min(max(share, min(0.05, aim / 4)), 1 - (1 - aim) / 4)
         return math.log(share / (1 - share))
 
     def _at(self, step: int) -> float:
@@ -303,6 +309,8 @@ class TargetSparsity:
             "factor": self.factor,
             "sparsity": self.sparsity,
             "z": self._z,
+            "change": self._change,
+            "limit": self._limit,
             "kept": dict(self._kept),
         }
 
@@ -313,7 +321,7 @@ class TargetSparsity:
             TypeError: it is no state of a TargetSparsity.
             ValueError: it holds zeros of other parameters or shapes; nothing has changed.
         """
-        checks.state(state, ["last_step", "factor", "sparsity", "z", "kept"])
+        checks.state(state, list(self.state_dict()))
         last_step = checks.whole("last_step", state["last_step"], least=0)
         factor = checks.nonnegative("factor", state["factor"], "load what state_dict() gave")
         kept = cast("Mapping[str, Tensor]", state["kept"])
@@ -324,6 +332,7 @@ class TargetSparsity:
             )
         self.last_step, self.factor = last_step, factor
         self.sparsity, self._z = float(state["sparsity"]), float(state["z"])
+        self._change, self._limit = float(state["change"]), float(state["limit"])
         self._kept = {bound.name: kept[bound.name].to(bound.parameter().device) for bound in self._bounds() if kept}
         self._set(0.0 if kept else factor)
 
