@@ -25,6 +25,7 @@ bench: .venv/.bench
 	$(PY) benchmarks/iteration.py --short
 	$(PY) benchmarks/scaling.py --short
 	$(PY) benchmarks/monitor.py --short
+	$(PY) benchmarks/target_sparsity.py --short
 
 lint: .venv/.test
 	$(PY) -m ruff check

@@ -96,7 +96,8 @@ for name, penalty in runs.items():
     torch.manual_seed(args.seed)  # every run starts from the same weights and sees the same batches
     model = LeNet300(x_train.shape[1])
     reg = tr.Regularizer(model, penalty)  # the three weights; biases are left alone
-    term = reg[penalty.name]
+    # λ at full strength at once would kill weights before they have learned.
+    warmup = tr.Schedule(reg, tr.schedules.Linear(0, 1, steps=max(1, round(args.warmup_epochs * batches))))
     # Adds the penalty to the loss. Where a proximal optimizer carries it, it adds the value without the gradient,
     # so the loop below is the same for all runs.
     criterion = tr.RegularizedLoss(nn.CrossEntropyLoss(), reg)
@@ -126,14 +127,13 @@ for name, penalty in runs.items():
             if phase == "train" and epoch >= 2 * args.epochs / 3:
                 optimizer.param_groups[0]["betas"] = (args.late_beta, 0.999)
             for batch in torch.randperm(len(x_train)).split(args.batch_size):
-                if phase == "train":  # λ at full strength at once would kill weights before they have learned
-                    term.factor = min(1.0, step / max(1, args.warmup_epochs * batches))
                 step += 1
                 loss = criterion(model(x_train[batch]), y_train[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
+                warmup.step()
                 monitor.log(step, loss=criterion.last, lr=schedule.get_last_lr())
                 bar.update()
             seconds += time.perf_counter() - started
