@@ -54,7 +54,8 @@ class TargetSparsity:
         groups: count groups, such as `Rows()`: target is the share of groups that are zero, and the finish takes those
             of the least root mean square. None counts weights.
         finish: the share of the steps that the finish takes.
-        every: steps between two readings, each one synchronization with the device; None is total_steps/200.
+        every: steps between two readings, each one synchronization with the device, at most total_steps/20; None is
+            total_steps/200.
     Attributes:
         last_step: the number of calls of `step()`.
         sparsity: the share of zeros at the last reading.
@@ -105,7 +106,7 @@ class TargetSparsity:
                 f"groups={groups!r} is no geometry; write groups=Rows() or groups=Columns(), or leave it out"
             )
         self.regularizer = regularizer
-        self.total_steps = checks.whole("total_steps", total_steps, least=10)
+        self.total_steps = checks.whole("total_steps", total_steps, least=50)
         self._target = target
         self._terms = list(regularizer.terms) if term is None else [term]
         self._groups = groups
@@ -114,6 +115,11 @@ class TargetSparsity:
             raise ValueError(f"finish={finish!r} must lie between 0 and 1; pass a share of the steps, such as 0.1")
         self._control_ends = max(total_steps - max(1, round(length * total_steps)), 1)
         self._every = max(1, total_steps // 200) if every is None else checks.whole("every", every)
+        if self._every > total_steps // 20:
+            raise ValueError(
+                f"every={every} gives fewer than 20 readings in {total_steps} steps, too few to steer by; pass "
+                f"{total_steps // 20} or less"
+            )
         self._check()
         self._units = sum(zero.numel() for zero in self._zeros())
         if not callable(target) and self._at(total_steps) == 0:
@@ -149,7 +155,7 @@ class TargetSparsity:
             if self.last_step % self._every == 0:
                 self._control()
             return
-        if self.last_step == self._control_ends:
+        if not self._kept:
             self._choose()
         self._hold()
         if self.last_step == self.total_steps:
@@ -324,15 +330,15 @@ class TargetSparsity:
         checks.state(state, list(self.state_dict()))
         last_step = checks.whole("last_step", state["last_step"], least=0)
         factor = checks.nonnegative("factor", state["factor"], "load what state_dict() gave")
+        numbers = [state[name] for name in ("sparsity", "z", "change", "limit")]
         kept = cast("Mapping[str, Tensor]", state["kept"])
         shapes = {bound.name: zero.shape for bound, zero in zip(self._bounds(), self._zeros(), strict=True)}
         if ({name: zero.shape for name, zero in kept.items()} or shapes) != shapes:
             raise ValueError(
                 f"the state holds zeros of {list(kept)}, here are {list(shapes)}; load it into the same model"
             )
+        self.sparsity, self._z, self._change, self._limit = map(float, numbers)
         self.last_step, self.factor = last_step, factor
-        self.sparsity, self._z = float(state["sparsity"]), float(state["z"])
-        self._change, self._limit = float(state["change"]), float(state["limit"])
         self._kept = {bound.name: kept[bound.name].to(bound.parameter().device) for bound in self._bounds() if kept}
         self._set(0.0 if kept else factor)
 
