@@ -199,8 +199,9 @@ class TargetSparsity:
         """Decides which units are held at zero: the zeros and the smallest, or where they are too many, fewer zeros."""
         zeros, self.sparsity = self._zeros(), self._read()
         self._set(0.0)
-        error, aim = self.sparsity - self._wanted / self._units, self._wanted / self._units
-        if abs(error) > FAR:
+        aim, mean = self._wanted / self._units, 1 / (1 + math.exp(-self._z))
+        error = self.sparsity - aim
+        if min(abs(error), abs(mean - aim)) > FAR:  # one reading alone may be the noise of a batch
             warnings.warn(
                 f"the penalty had zeroed {self.sparsity:.2%} of the {self._kind} when the finish began, and the finish "
                 f"makes it {aim:.2%} by size alone; train for longer, or begin at another strength: factor "
