@@ -172,7 +172,7 @@ def test_a_schedule_of_targets_is_followed():
     run = Watched(model, tr.L1(1.0), curve, steps=600, every=3).run()
     shares = np.array(run.shares)
     wished = np.array([curve(step) for step in range(1, len(shares) + 1)])
-    assert np.abs(shares - wished)[120:].max() < 0.05
+    assert np.abs(shares - wished)[120:].max() < 0.03
     assert np.abs(shares - wished)[450:].max() < 0.01
     assert int((model.weight == 0).sum()) == 2400
 
@@ -272,7 +272,7 @@ def test_only_a_reading_synchronizes():
     assert set(counts) == {0, 1}
 
 
-@pytest.mark.parametrize("saved_at", [51, 187])
+@pytest.mark.parametrize("saved_at", [153, 187])
 def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(saved_at):
     run = Watched(Digits(), tr.L1(1e-3), 0.9, steps=200, optimizer=ADAM).run(saved_at)
     file = io.BytesIO()
