@@ -69,6 +69,7 @@ class TargetSparsity:
         UserWarning: half of the steps have made hardly a zero, or the finish had to move S by more than 5 points.
     Source: Zhu and Gupta, 2017, for the cubic path.
 
+    >>> _ = torch.manual_seed(0)
     >>> model = nn.Linear(20, 1)
     >>> reg = Regularizer(model, L1(0.1))
     >>> optimizer = tr.optim.ProxAdam(model.parameters(), lr=0.05, regularizer=reg)
