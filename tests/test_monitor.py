@@ -857,7 +857,7 @@ def test_a_monitor_that_is_dropped_leaves_no_file_open_and_what_it_wrote(tmp_pat
         ({"regularizer": nn.Linear(2, 2)}, TypeError, "build one first"),
         ({"every": 0}, ValueError, "every=0"),
         ({"every": 1.5}, TypeError, "whole number"),
-        ({"every": True}, ValueError, "every=True"),
+        ({"every": True}, TypeError, "every=True"),
         ({"images_every": -1}, ValueError, "images_every=-1"),
         ({"budget": -1}, ValueError, "budget=-1"),
         ({"near_zero": math.nan}, ValueError, "near_zero=nan"),

@@ -277,6 +277,28 @@ def test_a_path_may_be_a_list_of_tensors():
     np.testing.assert_array_equal(line(figure, "w[1]"), [[2, 1], [1, 2]])
 
 
+def test_a_path_that_was_walked_is_drawn_as_it_stands():
+    model = nn.Linear(3, 1, bias=False)
+    weights = iter([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [2.0, 0.0, -1.0], [3.0, 0.5, -1.0]])
+
+    def fit(model, reg):
+        with torch.no_grad():
+            model.weight[0] = torch.tensor(next(weights))
+
+    scores = iter([0.0, 0.5, 0.75, 0.25])
+    reg = tr.Regularizer(model, tr.L1(1.0))
+    walked = tr.path(reg, fit, lambdas=[4.0, 2.0, 1.0, 0.0], score=lambda _: next(scores))
+    figure = plots.regularization_path(walked, names=["a", "b", "c"], chosen=walked.best().strength)
+    np.testing.assert_array_equal(line(figure, "a"), [[4, 2, 1], [0, 1, 2]])
+    np.testing.assert_array_equal(line(figure, "c"), [[4, 2, 1], [math.nan, 0, -1]])
+    assert "λ = 1" in texts(figure)
+    figure = plots.regularization_path(walked, walked.weights().abs(), names=["a", "b", "c"])
+    np.testing.assert_array_equal(line(figure, "c")[1], [math.nan, 0, 1])
+
+    figure = plots.frontier({"path": walked})
+    np.testing.assert_allclose(line(figure, "path"), [[100, 200 / 3, 100 / 3], [0.25, 0.75, 0.5]])
+
+
 # ---------------------------------------------------------------------- frontiers
 
 
@@ -647,6 +669,10 @@ REFUSED = {
     "no weights of that number": (
         lambda: plots.regularization_path([1.0, 0.5], [[1.0]]),
         "2 lambdas and 1 rows of weights do not pair up; give one row",
+    ),
+    "a path without scores": (
+        lambda: plots.frontier({"L1": tr.path(tr.Regularizer(nn.Linear(2, 1), tr.L1(1.0)), print, lambdas=[1])}),
+        r"results\['L1'\] is a path without scores; walk it with path",
     ),
     "no path": (lambda: plots.regularization_path([], []), r"lambdas has shape \(0,\), where 1 dimensions"),
     "flat weights": (lambda: plots.regularization_path([1.0], [1.0]), r"weights has shape \(1,\), where 2 dimensions"),

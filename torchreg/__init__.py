@@ -15,6 +15,8 @@ from torchreg.certificates import Stationarity as Stationarity
 from torchreg.certificates import duality_gap as duality_gap
 from torchreg.certificates import lambda_max as lambda_max
 from torchreg.certificates import stationarity as stationarity
+from torchreg.cross_validation import CrossValidation as CrossValidation
+from torchreg.cross_validation import cross_validate as cross_validate
 from torchreg.groups import Columns as Columns
 from torchreg.groups import Groups as Groups
 from torchreg.groups import Rows as Rows
@@ -25,6 +27,11 @@ from torchreg.loss import LastLoss as LastLoss
 from torchreg.loss import RegularizedLoss as RegularizedLoss
 from torchreg.monitor import TensorBoardMonitor as TensorBoardMonitor
 from torchreg.monitor import measure as measure
+from torchreg.paths import PathPoint as PathPoint
+from torchreg.paths import Patience as Patience
+from torchreg.paths import RegularizationPath as RegularizationPath
+from torchreg.paths import lambda_grid as lambda_grid
+from torchreg.paths import path as path
 from torchreg.penalties import L0 as L0
 from torchreg.penalties import L1 as L1
 from torchreg.penalties import L2 as L2

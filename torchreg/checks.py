@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -36,19 +37,23 @@ def above(name: str, value: object, floor: float, next_move: str) -> float:
 
 
 def whole(name: str, value: object, least: int = 1) -> int:
-    """`value` as an int if it is a whole number of steps, at least `least`.
+    """`value` as an int if it is a whole number, at least `least`.
 
     >>> whole("steps", 0)
     Traceback (most recent call last):
     ...
-    ValueError: steps=0 must be at least 1; it counts calls of step()
+    ValueError: steps=0 must be at least 1; pass a whole number
     """
-    if isinstance(value, bool) or not isinstance(value, int):
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
         kind = type(value).__name__
-        raise TypeError(f"{name}={value!r} is a {kind}, not a whole number; round it with int(), it counts steps")
-    if value < least:
-        raise ValueError(f"{name}={value} must be at least {least}; it counts calls of step()")
-    return value
+        raise TypeError(f"{name}={value!r} is a {kind}, not a whole number; round it with int()") from None
+    if number < least:
+        raise ValueError(f"{name}={value} must be at least {least}; pass a whole number")
+    return number
 
 
 def state(value: object, names: Sequence[str]) -> Mapping[str, Any]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from torchreg import checks, selection, tables, units
+from torchreg.paths import RegularizationPath
 from torchreg.regularizer import Regularizer
 from torchreg.selection import Selected, Selector
 from torchreg.zeros import counted
@@ -42,8 +43,8 @@ _MOST_LINES = 6  # more lines than these nobody tells apart
 
 
 def regularization_path(
-    lambdas: ArrayLike | Tensor,
-    weights: ArrayLike | Tensor | Sequence[Tensor],
+    lambdas: ArrayLike | Tensor | RegularizationPath,
+    weights: ArrayLike | Tensor | Sequence[Tensor] | None = None,
     *,
     names: Sequence[str] | None = None,
     chosen: float | None = None,
@@ -55,8 +56,9 @@ def regularization_path(
     the smallest λ have colours and labels, the others are grey.
 
     Args:
-        lambdas: the strengths, > 0, in any order.
-        weights: one row of weights for each of them.
+        lambdas: the strengths, > 0, in any order; or a path that `torchreg.path` walked.
+        weights: one row of weights for each of them; of a path `path.weights()`, its first selected parameter, by
+            default, of which the points with λ > 0 are drawn.
         names: of the weights; w[0], w[1], ... by default.
         chosen: a λ within the path to mark with a vertical line.
         figure: where to draw; a new figure by default.
@@ -73,6 +75,12 @@ def regularization_path(
     >>> [text.get_text() for text in figure.axes[0].texts]
     ['age']
     """
+    if isinstance(lambdas, RegularizationPath):
+        weights = lambdas.weights() if weights is None else weights
+        shown = [i for i, point in enumerate(lambdas) if point.strength > 0]  # 0 has no place on a logarithmic axis
+        weights, lambdas = _numbers("weights", weights, (2,))[shown], [lambdas[i].strength for i in shown]
+    elif weights is None:
+        raise TypeError("weights is missing; give one row of weights for each λ, or a path that torchreg.path walked")
     grid, path = _numbers("lambdas", lambdas, (1,)), _numbers("weights", weights, (2,))
     if len(grid) != len(path):
         raise ValueError(
@@ -145,7 +153,7 @@ def regularization_path(
 
 
 def frontier(
-    results: Mapping[str, tuple[ArrayLike | Tensor, ArrayLike | Tensor]],
+    results: Mapping[str, tuple[ArrayLike | Tensor, ArrayLike | Tensor] | RegularizationPath],
     *,
     reference: Mapping[str, ArrayLike | Tensor] | None = None,
     score: str = "accuracy",
@@ -158,7 +166,8 @@ def frontier(
 
     Args:
         results: by method, (sparsity, score): shares of exact zeros, 0 ≤ sparsity < 1, and what they score, in any
-            unit. A point of several seeds stands at their median sparsity.
+            unit. A point of several seeds stands at their median sparsity. Or the path that `torchreg.path` walked with
+            a score; its points without any weight have no place here.
         reference: horizontal lines, by name: the score of the dense network, or its scores over seeds.
         score: what the score is, the label of its axis.
         figure: where to draw; a new figure by default.
@@ -289,7 +298,7 @@ def weight_histogram(
     >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     ['2 not zero', '50.00% exact zeros: 2 of 4']
     """
-    _check_count("bins", bins, 60)
+    checks.whole("bins", bins)
     entries = _entries(source, include, exclude)
     finite, zeros, total, strange = [], 0, 0, 0
     for entry in entries:
@@ -450,7 +459,7 @@ def masks(
     weight
     2×2, 75.00% left
     """
-    _check_count("most", most, 12)
+    checks.whole("most", most)
     entries = _entries(source, include, exclude)
     shown, hidden = entries[:most], entries[most:]
     matrices = [_matrix(units.nonzero(entry), entry.owner) for entry in shown]
@@ -618,6 +627,11 @@ def _mapping(name: str, values: object) -> Mapping[str, Any]:
 
 def _curve(name: str, pair: Any) -> tuple[Tensor, Tensor]:
     """(percent of weights left, scores by seed), from dense to sparse."""
+    if isinstance(pair, RegularizationPath):
+        if any(point.score is None for point in pair):
+            raise ValueError(f"results[{name!r}] is a path without scores; walk it with path(..., score=...)")
+        drawn = [point for point in pair if point.left]
+        pair = [point.sparsity for point in drawn], [point.score for point in drawn]
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise TypeError(f"results[{name!r}] is no pair; give (sparsity, score)")
     sparsity, scores = (
@@ -667,15 +681,6 @@ def _share_of(key: str, measurements: Sequence[Mapping[str, Any]]) -> Tensor:
             raise ValueError(f"{key} is {value:g}, and a share lies between 0 and 1; divide percents by 100")
         values.append(value)
     return torch.tensor(values, dtype=torch.float64, device="cpu")
-
-
-def _check_count(name: str, value: object, example: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(
-            f"{name}={value!r} is a {type(value).__name__}, not an integer; pass a number such as {example}"
-        )
-    if value < 1:
-        raise ValueError(f"{name}={value} must be at least 1; pass a number such as {example}")
 
 
 def _names(names: object, count: int) -> list[str]:

@@ -546,6 +546,11 @@ class Regularizer:
             if route is None or route.active:
                 logger.warning("the %s is gone: reg() has the gradient of its parameters again", item[1])
 
+    def _forget_dead(self) -> None:
+        """Leaves the parameters of optimizers that have died to the loss route, unsaid: their end was expected."""
+        routes = [(item, item[0]()) for item in self._routes]
+        self._routes = [item for item, route in routes if route is not None and route.alive and route.active]
+
     def _attach(self, route: Route) -> None:
         self._routes.append((weakref.ref(route), route.describe()))
 

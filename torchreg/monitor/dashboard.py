@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import operator
 import os
 import time
 import warnings
@@ -103,8 +102,8 @@ class TensorBoardMonitor:
                 f"regularizer is a {type(regularizer).__name__}; build one first: Regularizer(model, L1(1e-4))"
             )
         self._regularizer = regularizer
-        self._every = _whole("every", every, 1)
-        self._images_every = None if images_every is None else _whole("images_every", images_every, 0)
+        self._every = checks.whole("every", every)
+        self._images_every = None if images_every is None else checks.whole("images_every", images_every, 0)
         if budget is not None:
             budget = checks.nonnegative("budget", budget, "pass a share such as 0.01")
         self._near_zero = checks.nonnegative("near_zero", near_zero, "pass what counts as nearly zero, such as 1e-3")
@@ -469,16 +468,6 @@ def _is_other_rank() -> bool:
     """Another process than the one of rank 0, which writes."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0
-
-
-def _whole(name: str, value: object, least: int) -> int:
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass a whole number of steps") from None
-    if isinstance(value, bool) or number < least:
-        raise ValueError(f"{name}={value!r} must be at least {least}; pass a whole number of steps")
-    return number
 
 
 def _hyperparameters(values: Mapping[str, Any]) -> dict[str, Hyperparameter]:
