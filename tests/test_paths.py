@@ -188,11 +188,13 @@ def test_the_grid_starts_where_scikit_learn_s_does_though_the_intercept_is_not_f
     before = {key: value.clone() for key, value in problem.model.state_dict().items()}
     grid = tr.lambda_grid(problem.reg, problem.fit, problem.loss, n=4, ratio=0.125)
     largest = lasso_path(problem.x.numpy(), problem.y.numpy() - 100)[0][0]
-    assert grid == pytest.approx([largest, largest / 2, largest / 4, largest / 8])
+    assert grid == pytest.approx([largest, largest / 2, largest / 4, largest / 8], rel=1e-7)
     assert problem.fits == 1
     assert all(torch.equal(before[key], value) for key, value in problem.model.state_dict().items())
     assert problem.reg.state_dict() == {"l1": {"strength": 1.0, "factor": 1.0}}
     assert all(w.requires_grad for w in problem.model.parameters())
+    walked = tr.path(problem.reg, problem.fit, lambdas=[grid[0], grid[0] * 0.999])
+    assert [point.left for point in walked] == [0, 1]
 
 
 def test_the_largest_lambda_is_the_first_at_which_nothing_is_left():
@@ -225,7 +227,7 @@ def test_of_several_terms_the_last_to_die_starts_the_path(penalties):
         def forward(self):
             return 3 * self.a.weight.sum() + 8 * self.b.weight.sum()  # at its zeros |gradient| = 3, or 8
 
-    model = Sum()
+    model = Sum().double()
     reg = tr.Regularizer(model, dict(zip(("a.weight", "b.weight"), penalties, strict=True)))
     steps = [3 / penalties[0].strength if penalties[0].name == "l1" else 0]
     steps += [8 / penalties[1].strength if penalties[1].name == "l1" else 0]

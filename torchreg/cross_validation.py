@@ -84,7 +84,7 @@ class CrossValidation:
                 [
                     f"{value:.4g}",
                     f"{self.mean[i].item():.4g}",
-                    f"{self.standard_error[i].item():.2g}",
+                    f"{self.standard_error[i].item():.3g}",
                     f"{left:,.1f}",
                     ", ".join(said),
                 ]
@@ -118,10 +118,10 @@ def cross_validate(reg: Regularizer, folds: Iterable[tuple[Fit, Score]], lambdas
     >>> print(cross_validate(reg, [fold(2.5), fold(3.0)], lambdas=[1.0, 0.5, 0.25, 0.0]))
        λ  mean score  ± 1 SE  left  chosen
     ----  ----------  ------  ----  ------------------
-       1       -0.66    0.34   4.0
-     0.5      -0.235   0.087   4.0  one standard error
-    0.25       -0.21   0.037   4.0  best
-       0       -0.31    0.16   4.0
+       1       -0.66   0.338   4.0
+     0.5      -0.235  0.0875   4.0  one standard error
+    0.25       -0.21  0.0375   4.0  best
+       0       -0.31   0.162   4.0
     """
     grid = checked_grid(lambdas)
     pairs = list(folds)

@@ -348,7 +348,8 @@ def lambda_grid(
 
     λ_max is the smallest λ at which all weights that can be zero are zero. It depends on the parameters that train
     without a penalty (the intercept, say). Where there are such, they are fitted first: `fit` is called once or twice
-    with the other weights at zero and a λ that keeps them there. Model and `reg` are left as they were.
+    with the other weights at zero and a λ that keeps them there, and λ_max is rounded up by √ε of the weights' dtype.
+    Model and `reg` are left as they were.
 
     Args:
         reg, fit, closure: as in `path`.
@@ -399,7 +400,8 @@ def _largest(reg: Regularizer, fit: Fit, closure: Closure) -> float:
             largest, _ = _lambda_max(reg, closure)
             if all(torch.equal(bound.parameter(), corner(bound)) for bound in held):
                 break
-    return largest
+    # A fit finds an intercept to about √ε, and at a λ_max that is too small by as much a weight would already live.
+    return largest * (1 + max(torch.finfo(bound.parameter().dtype).eps for bound in held) ** 0.5)
 
 
 def _lambda_max(reg: Regularizer, closure: Closure) -> tuple[float, list[Bound]]:
