@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchreg import tables
-from torchreg.paths import Fit, PathPoint, RegularizationPath, Score, checked_grid, path, put_back
+from torchreg.paths import Fit, PathPoint, RegularizationPath, Score, check_regularizer, checked_grid, path, put_back
 from torchreg.regularizer import Regularizer
 
 
@@ -123,6 +123,7 @@ def cross_validate(reg: Regularizer, folds: Iterable[tuple[Fit, Score]], lambdas
     0.25       -0.21  0.0375   4.0  best
        0       -0.31   0.162   4.0
     """
+    check_regularizer(reg)
     grid = checked_grid(lambdas)
     pairs = list(folds)
     for pair in pairs:

@@ -290,8 +290,7 @@ def path(
     0.4   66.67%     1         1     0.96       1.23
     0.1    0.00%     3         3    0.345     0.3675
     """
-    if not isinstance(reg, Regularizer):
-        raise TypeError(f"reg is a {type(reg).__name__}; build one first: Regularizer(model, L1(1e-4))")
+    check_regularizer(reg)
     if not isinstance(into, RegularizationPath | None):
         raise TypeError(f"into is a {type(into).__name__}; pass a RegularizationPath(), empty or to go on with")
     for name, value in {"fit": fit, "closure": closure, "score": score, "stop": stop, "keep": keep}.items():
@@ -348,7 +347,7 @@ def lambda_grid(
 
     λ_max is the smallest λ at which all weights that can be zero are zero. It depends on the parameters that train
     without a penalty (the intercept, say). Where there are such, they are fitted first: `fit` is called once or twice
-    with the other weights at zero and a λ that keeps them there, and λ_max is rounded up by √ε of the weights' dtype.
+    with the other weights at zero and a λ that keeps them there, and λ_max is rounded up by 10√ε of the weights' dtype.
     Model and `reg` are left as they were.
 
     Args:
@@ -358,7 +357,7 @@ def lambda_grid(
     Returns:
         λ in the units of `path`: of the first strength of `reg` that is not 0.
     Raises:
-        TypeError: `n` or `ratio` is no number.
+        TypeError: `reg` is no regularizer, something cannot be called, or `n` or `ratio` is no number.
         ValueError: `n` or `ratio` is out of range, no term holds a weight at zero, or λ_max is 0 or not finite, as it
             may be for a deep network: at zero weights little has a gradient.
     Source: Friedman, Hastie and Tibshirani, 2010, section 2.5; scikit-learn's `lasso_path` has the same defaults.
@@ -369,6 +368,7 @@ def lambda_grid(
     >>> lambda_grid(reg, print, lambda: nn.functional.mse_loss(model(x), y), n=3, ratio=0.25)  # no intercept to fit
     (2.0, 1.0, 0.5)
     """
+    check_regularizer(reg)
     checks.whole("n", n)
     ratio = checks.nonnegative("ratio", ratio, "it is the smallest λ over the largest, such as 1e-3")
     if not 0 < ratio < 1:
@@ -400,8 +400,9 @@ def _largest(reg: Regularizer, fit: Fit, closure: Closure) -> float:
             largest, _ = _lambda_max(reg, closure)
             if all(torch.equal(bound.parameter(), corner(bound)) for bound in held):
                 break
-    # A fit finds an intercept to about √ε, and at a λ_max that is too small by as much a weight would already live.
-    return largest * (1 + max(torch.finfo(bound.parameter().dtype).eps for bound in held) ** 0.5)
+    # A fit finds an intercept to some √ε, and at a λ_max that is too small by as much a weight would already live.
+    precision = max(torch.finfo(bound.parameter().dtype).eps for bound in held)
+    return largest * (1 + 10 * math.sqrt(precision))
 
 
 def _lambda_max(reg: Regularizer, closure: Closure) -> tuple[float, list[Bound]]:
@@ -527,7 +528,7 @@ def _fitting(reg: Regularizer) -> Iterator[None]:
             route.remove()
         raise
     if left():
-        gc.collect()  # a scheduler and its optimizer hold each other
+        gc.collect()  # a trainer and its optimizer may hold each other
     reg._forget_dead()
 
 
@@ -546,6 +547,12 @@ def _set_rng(states: Mapping[str, Tensor]) -> None:
 
 
 # ---------------------------------------------------------------------- what was given
+
+
+def check_regularizer(reg: object) -> None:
+    """Raises unless it is one."""
+    if not isinstance(reg, Regularizer):
+        raise TypeError(f"reg is a {type(reg).__name__}; build one first: Regularizer(model, L1(1e-4))")
 
 
 def checked_grid(lambdas: object) -> tuple[float, ...]:
