@@ -330,7 +330,7 @@ def scale(model: Any, optimizer: Any) -> None:
 NOT_SERVED: dict[str, dict[str, Any]] = {
     "a prox of one's own": {"penalty": Own(0.05)},
     "groups": {"penalty": tr.GroupLasso(0.05), "include": "matrix"},
-    "bfloat16": {"dtype": torch.bfloat16},
+    "float16": {"dtype": torch.float16},
     "complex": {"dtype": torch.complex64},
     "foreach asked for": {"foreach": True},
     "no fused step asked for": {"fused": False},

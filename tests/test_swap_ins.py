@@ -159,7 +159,7 @@ def test_the_with_block_of_disabled_holds_for_its_steps_alone(swap_in: Any) -> N
 def test_every_argument_of_the_stock_class_is_accepted_and_shown(stock: type[Optimizer], swap_in: Any) -> None:
     theirs = inspect.signature(stock).parameters
     ours = inspect.signature(swap_in).parameters
-    assert list(ours) == [*theirs, "regularizer", "partial"]
+    assert list(ours) == [*theirs, "regularizer", "partial", "rounding"]
     assert all(ours[name].default == theirs[name].default for name in theirs)
     shown = pydoc.plain(pydoc.render_doc(swap_in)).split("\n |  \n")[0]
     assert all(name in shown for name in ours)

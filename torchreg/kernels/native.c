@@ -3,7 +3,7 @@
 #include "native.h"
 
 /* Counted up with every change of a table below, so that a library of another version is not called. */
-EXPORT int64_t torchreg_version(void) { return 4; }
+EXPORT int64_t torchreg_version(void) { return 5; }
 
 /* ------------------------------------------------------------------ statistics */
 
@@ -217,8 +217,8 @@ typedef struct {
    that have faded below the normal numbers become 0: arithmetic on them is a hundred times slower, and they would never
    get there by themselves. */
 typedef struct {
-    double unit, lr, decay, decoupled, sign, beta1, beta2, eps, strength1, strength2;
-    double rate, keep, coupled, correction, l1, l2, fade;
+    double unit, lr, decay, decoupled, sign, beta1, beta2, eps, key, strength1, strength2;
+    double rate, keep, coupled, correction, l1, l2, fade, word;
 } adam_numbers;
 
 typedef struct {
@@ -226,36 +226,52 @@ typedef struct {
     const void *gradient;
     void *buffer; /* null without momentum */
     const void *anchor;
-    int64_t size, dtype;
+    void *step; /* the count of steps that chooses the random bits, or null */
+    int64_t step_dtype, size, dtype;
 } sgd_tensor;
 
 /* `unit` is how far a constant gradient 1 moves a weight at lr 1. w ← prox(w − lr·b), b ← momentum·b + gain·gradient;
    or with `ahead`, Nesterov's momentum, prox(w − lr·(gradient + ahead·b)). What follows is filled in here: l1 and l2 are
    strengths times the prox's step. A dead weight's buffer fades at every step, which is bound by memory alone. */
 typedef struct {
-    double unit, lr, decay, sign, momentum, gain, ahead, strength1, strength2;
-    double l1, l2;
+    double unit, lr, decay, sign, momentum, gain, ahead, key, strength1, strength2;
+    double l1, l2, word;
 } sgd_numbers;
 
 /* Faded moments become 0 every so many steps: too rarely to cost anything, often enough that none slow down many. */
 enum { FADE = 16 };
 
-static double counted(const adam_tensor *t) {
-    return t->step_dtype == FLOAT32 ? ++*(float *)t->step : ++*(double *)t->step;
+static double counted(void *step, int64_t dtype) {
+    return dtype == FLOAT32 ? ++*(float *)step : ++*(double *)step;
+}
+
+#define GOLDEN 0x9e3779b9u /* 2^32 over the golden ratio */
+
+/* Wellons' lowbias32, a bijection; `random_bits.py` says what the bits are for, and has the same numbers. */
+INLINE uint32_t mixed(uint32_t x) {
+    x = (x ^ x >> 16) * 0x7feb352du;
+    x = (x ^ x >> 15) * 0x846ca68bu;
+    return x ^ x >> 16;
+}
+
+/* What the random bits of a weight in this step begin with; −1 to round to nearest. */
+static double word_of(double key, double count) {
+    return key < 0 ? -1.0 : (double)mixed((uint32_t)(int64_t)count * GOLDEN + (uint32_t)key);
 }
 
 static void prepare_adam(const adam_tensor *t, adam_numbers *c) {
-    const double count = counted(t), bias = 1 - pow(c->beta1, count), response = c->lr * (c->unit / bias);
+    const double count = counted(t->step, t->step_dtype), bias = 1 - pow(c->beta1, count), response = c->lr * (c->unit / bias);
     c->rate = c->lr / bias;
     c->correction = sqrt(1 - pow(c->beta2, count));
     c->keep = c->decoupled != 0 ? 1 - c->lr * c->decay : 1;
     c->coupled = c->decoupled != 0 ? 0 : c->decay;
     c->l1 = response * c->strength1, c->l2 = response * c->strength2;
     c->fade = fmod(count, FADE) == 0;
+    c->word = word_of(c->key, count);
 }
 
 static void prepare_sgd(const sgd_tensor *t, sgd_numbers *c) {
-    (void)t;
+    c->word = word_of(c->key, t->step ? counted(t->step, t->step_dtype) : 0);
     c->l1 = c->lr * c->unit * c->strength1, c->l2 = c->lr * c->unit * c->strength2;
 }
 
@@ -280,6 +296,82 @@ static void prepare_sgd(const sgd_tensor *t, sgd_numbers *c) {
 #define COPYSIGN copysign
 #define TINY DBL_MIN
 #include "step.h"
+
+/* ------------------------------------------------------------------ bfloat16: wide steps, rounded once */
+
+enum { WIDE = 512 }; /* weights at a time, whose float32 stays in the nearest cache */
+
+/* A word of random bits for each weight, by its place in memory. */
+INLINE const uint32_t *fill(uint32_t *random, double word, int64_t first, int64_t n) {
+    if (word < 0) return NULL;
+    const uint32_t begin = (uint32_t)word, place = (uint32_t)first;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) random[i] = mixed((place + (uint32_t)i) ^ begin);
+    return random;
+}
+
+INLINE void *widened(const void *from, int64_t first, int64_t n, float *to) {
+    if (!from) return NULL;
+    const uint16_t *narrow = (const uint16_t *)from + first;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) to[i] = from_bfloat16(narrow[i]);
+    return to;
+}
+
+/* What is not finite stays what it is: of a NaN that arithmetic has made, half the bits are one too. */
+#define ROUND(added)                                                                 \
+    _Pragma("omp simd") for (int64_t i = 0; i < n; i++) {                            \
+        uint32_t x;                                                                  \
+        memcpy(&x, from + i, sizeof x);                                              \
+        const uint32_t finite = (int32_t)(x & 0x7fffffffu) < 0x7f800000 ? ~0u : 0u;  \
+        narrow[i] = (uint16_t)((x + ((added) & finite)) >> 16);                      \
+    }
+
+/* The three draws that one word has bits for. */
+enum { OF_WEIGHT, OF_MEAN, OF_SQUARE };
+
+INLINE void narrowed(const float *from, void *to, int64_t first, int64_t n, const uint32_t *random, const int draw) {
+    if (!to) return;
+    uint16_t *narrow = (uint16_t *)to + first;
+    if (!random)
+        ROUND(0x7fffu + (x >> 16 & 1))
+    else if (draw == OF_WEIGHT)
+        ROUND(random[i] & 0xffffu)
+    else if (draw == OF_MEAN)
+        ROUND(random[i] >> 16)
+    else
+        ROUND(random[i] * GOLDEN >> 16)
+}
+
+EVERY_HALF void torchreg_adam_bfloat16(const adam_tensor *t, const adam_numbers *c, int64_t first, int64_t last) {
+    float w[WIDE], gradient[WIDE], mean[WIDE], square[WIDE], largest[WIDE], anchor[WIDE];
+    uint32_t room[WIDE];
+    for (int64_t at = first; at < last; at += WIDE) {
+        const int64_t n = at + WIDE < last ? WIDE : last - at;
+        const uint32_t *random = fill(room, c->word, at, n);
+        adam_tensor wide = *t;
+        wide.w = widened(t->w, at, n, w), wide.gradient = widened(t->gradient, at, n, gradient);
+        wide.mean = widened(t->mean, at, n, mean), wide.square = widened(t->square, at, n, square);
+        wide.largest = widened(t->largest, at, n, largest), wide.anchor = widened(t->anchor, at, n, anchor);
+        torchreg_adam_float(&wide, c, 0, n);
+        narrowed(w, t->w, at, n, random, OF_WEIGHT), narrowed(mean, t->mean, at, n, random, OF_MEAN);
+        narrowed(square, t->square, at, n, random, OF_SQUARE), narrowed(largest, t->largest, at, n, random, OF_SQUARE);
+    }
+}
+
+EVERY_HALF void torchreg_sgd_bfloat16(const sgd_tensor *t, const sgd_numbers *c, int64_t first, int64_t last) {
+    float w[WIDE], gradient[WIDE], buffer[WIDE], anchor[WIDE];
+    uint32_t room[WIDE];
+    for (int64_t at = first; at < last; at += WIDE) {
+        const int64_t n = at + WIDE < last ? WIDE : last - at;
+        const uint32_t *random = fill(room, c->word, at, n);
+        sgd_tensor wide = *t;
+        wide.w = widened(t->w, at, n, w), wide.gradient = widened(t->gradient, at, n, gradient);
+        wide.buffer = widened(t->buffer, at, n, buffer), wide.anchor = widened(t->anchor, at, n, anchor);
+        torchreg_sgd_float(&wide, c, 0, n);
+        narrowed(w, t->w, at, n, random, OF_WEIGHT), narrowed(buffer, t->buffer, at, n, random, OF_MEAN);
+    }
+}
 
 typedef struct {
     const void *tensors, *numbers;
@@ -311,6 +403,8 @@ static int64_t find(const job *all, int64_t block, int64_t *first) {
         const int64_t last = t->size < first + BLOCK ? t->size : first + BLOCK;                                    \
         if (t->dtype == FLOAT32)                                                                                   \
             torchreg_##name##_float(t, c, first, last);                                                            \
+        else if (t->dtype == BFLOAT16)                                                                             \
+            torchreg_##name##_bfloat16(t, c, first, last);                                                         \
         else                                                                                                       \
             torchreg_##name##_double(t, c, first, last);                                                           \
     }                                                                                                              \

@@ -28,10 +28,14 @@
 #if !defined(EVERY_PROCESSOR) && defined(__x86_64__) && defined(__GLIBC__) && defined(__has_attribute)
 #if __has_attribute(target_clones)
 #define EVERY_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
+#define EVERY_HALF __attribute__((target_clones("avx2", "default"))) /* avx512f alone has none of 16-bit numbers */
 #endif
 #endif
 #ifndef EVERY_PROCESSOR
 #define EVERY_PROCESSOR
+#endif
+#ifndef EVERY_HALF
+#define EVERY_HALF
 #endif
 
 /* The numbers by which the Python side names a dtype. */

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,12 +43,12 @@ def available() -> bool:
     )
 
 
-def serves(w: Tensor, anchor: Tensor | None) -> bool:
-    """C can read this weight: dense memory on the CPU in float32 or float64, and no subclass that may hold no data."""
+def serves(w: Tensor, anchor: Tensor | None, dtypes: Collection[torch.dtype] = (torch.float32, torch.float64)) -> bool:
+    """C can read this weight: dense memory on the CPU in one of `dtypes`, and no subclass that may hold no data."""
     return (
         type(w) in (Tensor, Parameter)
         and w.is_cpu
-        and w.dtype in (torch.float32, torch.float64)
+        and w.dtype in dtypes
         and w.layout is torch.strided
         # `empty_like` keeps the strides of dense memory alone.
         and (w.is_contiguous() or torch.empty_like(w).stride() == w.stride())

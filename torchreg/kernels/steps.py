@@ -17,6 +17,7 @@ class AdamNumbers(NamedTuple):
         unit: the mean of a constant gradient 1, before its bias is corrected.
         decay: weight decay: of the weight itself if `decoupled` is not 0, else in the gradient.
         sign: −1 to maximize.
+        key: of the random bits that bfloat16 is rounded with; −1 to round to nearest.
         strength1, strength2: λ₁ and λ₂ of λ₁Σ|w| + λ₂Σw².
     """
 
@@ -28,6 +29,7 @@ class AdamNumbers(NamedTuple):
     beta1: float
     beta2: float
     eps: float
+    key: float
     strength1: float
     strength2: float
 
@@ -37,7 +39,7 @@ class SGDNumbers(NamedTuple):
 
     Attributes:
         unit: how far a constant gradient 1 moves a weight at lr 1.
-        decay, sign, strength1, strength2: as for Adam, with the decay in the gradient.
+        decay, sign, key, strength1, strength2: as for Adam, with the decay in the gradient.
     """
 
     unit: float
@@ -47,11 +49,12 @@ class SGDNumbers(NamedTuple):
     momentum: float
     gain: float
     ahead: float
+    key: float
     strength1: float
     strength2: float
 
 
-FILLED_IN = {AdamNumbers: 7, SGDNumbers: 2}
+FILLED_IN = {AdamNumbers: 8, SGDNumbers: 3}
 """How many numbers of a row the library fills in itself."""
 
 
@@ -60,7 +63,7 @@ class Tables:
     """Rows of addresses and numbers, one a weight, for `Library.adam` or `Library.sgd`.
 
     The addresses are those of w, its gradient, its buffers (adam: m, v, amsgrad's maximum; sgd: b) and its anchor, 0
-    for none; adam has the address and the dtype of the count of steps next; then the number of weights and their dtype.
+    for none; the address and the dtype of the count of steps, 0 for none; then the number of weights and their dtype.
     The memory of a row must have one order, and stay until the call has come back.
     """
 

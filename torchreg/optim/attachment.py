@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Adafactor, AdamW, Optimizer
 
 from torchreg.checks import Step
+from torchreg.optim.rounding import NARROW
 from torchreg.optim.step_sizes import PIECE, Diagonal, StepSize, present_step, step_size_of
 from torchreg.penalties import Penalty
 from torchreg.regularizer import Regularizer
@@ -230,6 +231,11 @@ class Attachment(Prox):
             beside = ", beside its own lambd"
         elif any(group.get("centered") for group in groups):
             beside = ", whose centered variance fades at rest"
+        if self._hooked:  # a swap-in rounds once, and by chance
+            narrow = {bound.parameter().dtype for bound in self._held.values()} & set(NARROW)
+            beside += "".join(
+                f", rounded twice in {str(dtype).removeprefix('torch.')}" for dtype in NARROW if dtype in narrow
+            )
         return f"prox ({type(optimizer).__name__}{beside})"
 
     def pairs(self) -> list[tuple[Tensor, Penalty | None]]:
@@ -333,6 +339,10 @@ def attach(
     w ← prox(w, s) with s the optimizer's unit response (see `torchreg.optim.step_sizes`), so that the solution is that
     of loss + penalty whatever the optimizer. From now on `reg()` gives the value of the penalty without a gradient
     for the parameters that `optimizer` holds.
+
+    bfloat16 and float16 weights are rounded twice, to nearest: by the optimizer's own step, and after the prox, which
+    is in float32. What moves them by less than half a spacing is lost in both; `ProxSGD`, `ProxAdam` and `ProxAdamW`
+    keep it.
 
     Args:
         optimizer: SGD, ASGD, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Adagrad, Adadelta or Adafactor of

@@ -17,6 +17,7 @@ from torchreg.kernels.choice import native
 from torchreg.kernels.native import DTYPES, Library
 from torchreg.kernels.soft import Soft, matches, serves
 from torchreg.kernels.steps import AdamNumbers, SGDNumbers, Tables
+from torchreg.optim.rounding import NARROW, Rounding
 from torchreg.optim.step_sizes import Followed, _number
 from torchreg.penalties import Penalty
 
@@ -26,6 +27,12 @@ Layout = tuple[torch.dtype, tuple[int, ...], int]
 
 FREE = Soft(0.0, 0.0)
 """Of a parameter that is not regularized."""
+
+STEPPED = (torch.float32, torch.float64, torch.bfloat16)
+"""The dtypes of weights that the native step takes."""
+
+NO_KEY = -1
+"""Of a parameter that is not rounded by chance."""
 
 
 @dataclass
@@ -116,17 +123,18 @@ class Rows:
 class OnePass(ABC):
     """One optimizer's steps in the native library, as far as it can take them.
 
-    It takes dense weights, gradients and buffers of one dtype, float32 or float64, and of one memory layout, on the
-    CPU, with penalties that are sums of |w| and w². All else is left to the stock step and the prox after it: the very
-    first step, which builds the state, too. A weight differs from theirs by at most 4 roundings of the terms that it is
-    the sum of (itself, its move, its threshold), and by no bit between processors or numbers of threads.
+    It takes dense weights, gradients and buffers of one dtype, float32, float64 or bfloat16, and of one memory layout,
+    on the CPU, with penalties that are sums of |w| and w². All else is left to the stock step and the prox after it:
+    the very first step, which builds the state, too. A weight differs from theirs by at most 4 roundings of the terms
+    that it is the sum of (itself, its move, its threshold), and by no bit between processors or numbers of threads.
+    bfloat16 is stepped in float32, of which that holds, and rounded once, with the same random bits.
     """
 
     def __init__(self, stock: type[Optimizer]) -> None:
         self.stock = stock
         self._rows: Rows | None = None
 
-    def step(self, optimizer: Optimizer, penalties: Mapping[int, Penalty | None]) -> bool:
+    def step(self, optimizer: Optimizer, penalties: Mapping[int, Penalty | None], rounding: Rounding) -> bool:
         """Takes a step and its prox and returns True; or returns False, and nothing has changed."""
         library = native()
         if library is None or _is_scaled(optimizer):
@@ -141,10 +149,10 @@ class OnePass(ABC):
                     gradients.append(gradient)
         states = list(optimizer.state.values())
         asked = [penalties.get(id(parameter), FREE) for parameter in parameters]
-        settings = [_settings(group) for group in optimizer.param_groups]
+        settings = [rounding, *(_settings(group) for group in optimizer.param_groups)]
         known = self._rows
         if known is None or not (known.stand(parameters, states, settings) and known.strengthen(asked)):
-            self._rows = self._made(optimizer, groups, parameters, states, settings, asked)
+            self._rows = self._made(optimizer, groups, parameters, states, settings, asked, rounding)
         rows = self._rows
         if rows is None or not (rows.point_to(gradients) and rows.follow()):
             return False
@@ -172,7 +180,7 @@ class OnePass(ABC):
         """The names of a parameter's buffers in the order of the kernel's table; "" for one that is not used."""
 
     @abstractmethod
-    def numbers(self, group: Group, soft: Soft) -> AdamNumbers | SGDNumbers:
+    def numbers(self, group: Group, soft: Soft, key: int) -> AdamNumbers | SGDNumbers:
         """The row of numbers of a parameter; a momentum's unit response comes with each step."""
 
     @abstractmethod
@@ -180,8 +188,8 @@ class OnePass(ABC):
         """(a, b, p, q), where the momentum of a constant 1 goes c ← a·c + b and the response over lr is p + q·c."""
 
     def counter(self, state: State) -> Tensor | None:
-        """The count of steps, where the kernel's table has it."""
-        return None
+        """The count of steps, where there is one: Adam's, or that of the random bits."""
+        return state.get("step")
 
     # ------------------------------------------------------------------ the tables
 
@@ -193,6 +201,7 @@ class OnePass(ABC):
         states: list[Any],
         settings: list[Any],
         asked: list[Any],
+        rounding: Rounding,
     ) -> Rows | None:
         """The tables; None where something is not for the native library, or for no prox at all."""
         softs = [_soft(x) for x in asked]
@@ -208,9 +217,10 @@ class OnePass(ABC):
             buffers = [state[name] if name else None for name in names]
             count = self.counter(state)
             others = [buffer for buffer in buffers if buffer is not None]
-            if not (serves(parameter, soft.anchor) and all(matches(buffer, parameter) for buffer in others)):
+            if not (serves(parameter, soft.anchor, STEPPED) and all(matches(buffer, parameter) for buffer in others)):
                 return None
-            if not (count is None or _counts(count)):
+            key = rounding.key(state) if parameter.dtype in NARROW else NO_KEY
+            if key is None or not (count is None or _counts(count)):
                 return None
             rows.slots += [(state, name, state[name]) for name in names if name]
             known = [w for w in (parameter, *buffers, soft.anchor, count) if w is not None]
@@ -220,10 +230,10 @@ class OnePass(ABC):
             unit = self.unit(group)
             if unit is not None and asked[i] is not FREE:
                 rows.units.append((i, state, unit))
-            counted = () if count is None else (count.data_ptr(), DTYPES[count.dtype])
+            counted = (0, 0) if count is None else (count.data_ptr(), DTYPES[count.dtype])
             addresses = [0 if w is None else w.data_ptr() for w in (*buffers, soft.anchor)]
             rows.tables.add((parameter.data_ptr(), 0, *addresses, *counted, parameter.numel(), DTYPES[parameter.dtype]))
-            numbers.append(self.numbers(group, soft))
+            numbers.append(self.numbers(group, soft, key))
             rows.softs.append(soft)
             rows.lrs.append(_number(group["lr"]))
         rows.tables.number(numbers)
@@ -244,14 +254,11 @@ class AdamPass(OnePass):
     def buffers(self, group: Group) -> Sequence[str]:
         return "exp_avg", "exp_avg_sq", "max_exp_avg_sq" if group["amsgrad"] else ""
 
-    def counter(self, state: State) -> Tensor | None:
-        return state["step"]
-
     def unit(self, group: Group) -> tuple[float, float, float, float]:
         beta1 = group["betas"][0]
         return beta1, 1 - beta1, 0.0, 1.0
 
-    def numbers(self, group: Group, soft: Soft) -> AdamNumbers:
+    def numbers(self, group: Group, soft: Soft, key: int) -> AdamNumbers:
         # AdamW of torch before 2.7 has no such key.
         decoupled = group.get("decoupled_weight_decay", self.stock is AdamW)
         return AdamNumbers(
@@ -263,6 +270,7 @@ class AdamPass(OnePass):
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             eps=group["eps"],
+            key=key,
             strength1=soft.l1,
             strength2=soft.l2,
         )
@@ -286,7 +294,7 @@ class SGDPass(OnePass):
             return None
         return momentum, 1 - group["dampening"], *((1.0, momentum) if group["nesterov"] else (0.0, 1.0))
 
-    def numbers(self, group: Group, soft: Soft) -> SGDNumbers:
+    def numbers(self, group: Group, soft: Soft, key: int) -> SGDNumbers:
         return SGDNumbers(
             unit=1.0,
             lr=_number(group["lr"]),
@@ -295,6 +303,7 @@ class SGDPass(OnePass):
             momentum=group["momentum"],
             gain=1 - group["dampening"],
             ahead=group["momentum"] if group["nesterov"] else 0.0,
+            key=key,
             strength1=soft.l1,
             strength2=soft.l2,
         )

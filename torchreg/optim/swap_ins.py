@@ -10,13 +10,21 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from torchreg.optim.attachment import Attachment, Frozen, Prox
 from torchreg.optim.one_pass import PASSES, OnePass
+from torchreg.optim.rounding import Rounding, StochasticRounding
 from torchreg.optim.step_sizes import STEP_SIZES, StepSize
+from torchreg.optim.wide_step import has_narrow, wide_step
 from torchreg.regularizer import Regularizer
+
+OWN = ("regularizer", "partial", "rounding")
+"""The arguments of a swap-in that its stock class lacks."""
+
+BY_CHANCE = StochasticRounding()
 
 
 class Proximal(Optimizer):
@@ -24,12 +32,14 @@ class Proximal(Optimizer):
 
     Attributes:
         attachment: the handle of the prox; `attachment.remove()` leaves a stock optimizer.
+        rounding: how weights narrower than float32 come back from the step.
     """
 
     _stock: ClassVar[type[Optimizer]]
     _step_size: ClassVar[StepSize]
     __signature__: ClassVar[inspect.Signature]
     attachment: Prox | None = None
+    rounding: Rounding = BY_CHANCE
 
     def __init_subclass__(cls, stock: type[Optimizer] | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -39,11 +49,25 @@ class Proximal(Optimizer):
         cls._step_size = STEP_SIZES[cls] = STEP_SIZES[stock]
         # help() and IDEs show the arguments of the stock class, whatever its version has.
         signature = inspect.signature(stock)
-        own = [inspect.signature(Proximal.__init__).parameters[name] for name in ("regularizer", "partial")]
+        own = [inspect.signature(Proximal.__init__).parameters[name] for name in OWN]
         cls.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *own])
 
-    def __init__(self, params: Any, *args: Any, regularizer: Regularizer, partial: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        params: Any,
+        *args: Any,
+        regularizer: Regularizer,
+        partial: bool = False,
+        rounding: Rounding = BY_CHANCE,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(rounding, Rounding):
+            raise TypeError(
+                f"rounding={rounding!r} is a {type(rounding).__name__}; pass tr.optim.StochasticRounding(seed=0) or "
+                "tr.optim.NearestRounding()"
+            )
         super().__init__(params, *args, **kwargs)
+        self.rounding = rounding
         Attachment(self, regularizer, self._step_size, partial=partial, hooked=False)
 
     @property
@@ -58,16 +82,32 @@ class Proximal(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling() or not self._one_pass.step(self, self.attachment.penalties(self)):
+        if not torch.compiler.is_compiling():
+            self._eager_step()
+        elif has_narrow(self):
+            self._uncompiled_step()
+        else:
             self.attachment.before(self)
-            if torch.compiler.is_compiling():
-                with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
-                    inspect.unwrap(self._stock.step)(self)
-            else:
-                with _fused(self):
-                    _unhooked(self._stock)(self)
+            with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
+                inspect.unwrap(self._stock.step)(self)
             self.attachment.apply(self)
         return loss
+
+    def _eager_step(self) -> None:
+        assert self.attachment is not None
+        penalties = self.attachment.penalties(self)
+        if self._one_pass.step(self, penalties, self.rounding):
+            return
+        if has_narrow(self) and any(penalty is not None and not penalty.is_zero for penalty in penalties.values()):
+            wide_step(self, _unhooked(self._stock), penalties, self._step_size, self.rounding)
+            return
+        self.attachment.before(self)
+        with _fused(self):
+            _unhooked(self._stock)(self)
+        self.attachment.apply(self)
+
+    # A break in the graph of torch.compile; not torch.compiler.disable, which would load the compiler with the library.
+    _uncompiled_step = _disable_dynamo(_eager_step)
 
     _watched_step = Optimizer.profile_hook_step(_unwatched_step)
 
@@ -114,7 +154,7 @@ class Proximal(Optimizer):
         pairs = self.attachment.pairs if isinstance(self.attachment, Frozen) else []
         if isinstance(self.attachment, Attachment):
             pairs = self.attachment.pairs()
-        return {**super().__getstate__(), "pairs": pairs}
+        return {**super().__getstate__(), "rounding": self.rounding, "pairs": pairs}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)

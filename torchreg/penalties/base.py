@@ -177,6 +177,10 @@ class Penalty(ABC):
         """Ω as numbers, if it is a sum of |w| and w²; else None: value and prox are passes of their own."""
         return None
 
+    def _rounded_to(self, dtype: torch.dtype) -> Self:
+        """The same penalty with its minimum at numbers that weights of this dtype can be."""
+        return self
+
     def _under(self, strengths: Sequence[Tensor]) -> Self:
         """The same penalty with 0-d tensors for its strengths, so that a compiled graph takes them as inputs.
 

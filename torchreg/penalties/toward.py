@@ -70,6 +70,9 @@ class Toward(Penalty):
         wide = checks.widened(w)
         return dataclasses.replace(self, penalty=self.penalty.linearized(wide - self.anchor.to(wide)))
 
+    def _rounded_to(self, dtype: torch.dtype) -> Toward:
+        return self if self.anchor.dtype is dtype else dataclasses.replace(self, anchor=self.anchor.to(dtype))
+
     def _value(self, w: Tensor) -> Tensor:
         return self.penalty._value(w - self.anchor.to(w))
 
