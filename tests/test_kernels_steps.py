@@ -228,20 +228,20 @@ def test_every_processor_gives_the_same_bits(
     found = []
     for library in (native.load(), scalar):
         monkeypatch.setattr(one_pass, "native", lambda library=library: library)
-        for dtype in (torch.float32, torch.float64):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
             model, _, optimizer = made(kind, tr.ElasticNet(l1=0.05, l2=0.1), dtype, **settings)
             for t in range(4):
                 give_gradients(model, t)
                 optimizer.step()
-            found.append(list(model.parameters()))
-    for dtypes in range(2):
-        assert all(map(same_bits, found[dtypes], found[dtypes + 2]))
+            found.append([w.double() for w in model.parameters()])
+    for dtypes in range(3):
+        assert all(map(same_bits, found[dtypes], found[dtypes + 3]))
 
 
 # ---------------------------------------------------------------------- the numbers at the edge
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @every_setting
 def test_what_is_not_finite_stays_where_it_is_and_spreads_to_no_neighbour(
     kind: Any, settings: dict[str, Any], dtype: torch.dtype, served: Served

@@ -341,8 +341,7 @@ def attach(
     for the parameters that `optimizer` holds.
 
     bfloat16 and float16 weights are rounded twice, to nearest: by the optimizer's own step, and after the prox, which
-    is in float32. What moves them by less than half a spacing is lost in both; `ProxSGD`, `ProxAdam` and `ProxAdamW`
-    keep it.
+    is in float32. What moves them by less than half a spacing is lost in both; ProxSGD, ProxAdam and ProxAdamW keep it.
 
     Args:
         optimizer: SGD, ASGD, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Adagrad, Adadelta or Adafactor of
