@@ -60,7 +60,7 @@ def backends() -> Backends:
     library, found = native(), _loaded()
     if library is not None:
         threads = "torch's threads" if library.team else "one thread: torch's OpenMP runtime is not of a known kind"
-        note = f"CPU, one pass, {threads}"
+        note = f"CPU, one pass, steps in bfloat16 too, {threads}"
     else:
         note = found if isinstance(found, str) else f"{VARIABLE}=torch"
     return Backends(

@@ -115,7 +115,8 @@ class Proximal(Optimizer):
         """The stock step, then w ← prox(w, unit response) for every selected parameter that has a gradient.
 
         On a CPU both are one pass over memory where the native kernel serves (`torchreg.backends()`) and takes the
-        penalty: any sum of |w| and w², on float32 and float64 weights.
+        penalty: any sum of |w| and w², on float32, float64 and bfloat16 weights. Weights narrower than float32 step in
+        float32, with their prox, and are rounded once, as `rounding` says; at strength 0 they take the stock step.
 
         Args:
             closure: reevaluates the model and returns the loss.
@@ -175,7 +176,9 @@ class ProxSGD(Proximal, SGD, stock=SGD):
             `torch.optim.SGD`. Its `weight_decay=wd` is L2(wd/2) in the gradient.
         regularizer: whose penalties to apply; `params` must hold all that it selects.
         partial: allow that `params` lacks some of them; another optimizer may carry those.
+        rounding: how bfloat16 and float16 weights and their state come back from a step, which is in float32.
     Raises:
+        TypeError: `regularizer` or `rounding` is none.
         ValueError: a selected parameter is missing, or already has a prox.
     Source: Beck and Teboulle, 2009, for the proximal gradient step.
 
@@ -200,7 +203,9 @@ class ProxAdam(Proximal, Adam, stock=Adam):
             `torch.optim.Adam`. Its `weight_decay=wd` is L2(wd/2) in the gradient.
         regularizer: whose penalties to apply; `params` must hold all that it selects.
         partial: allow that `params` lacks some of them; another optimizer may carry those.
+        rounding: how bfloat16 and float16 weights and their state come back from a step, which is in float32.
     Raises:
+        TypeError: `regularizer` or `rounding` is none.
         ValueError: a selected parameter is missing, complex, or already has a prox.
     Source: Yun, Lozano and Yang, 2021 (ProxGen), for the prox in Adam's metric.
 
@@ -225,7 +230,9 @@ class ProxAdamW(Proximal, AdamW, stock=AdamW):
             `torch.optim.AdamW`.
         regularizer: whose penalties to apply; `params` must hold all that it selects.
         partial: allow that `params` lacks some of them; another optimizer may carry those.
+        rounding: how bfloat16 and float16 weights and their state come back from a step, which is in float32.
     Raises:
+        TypeError: `regularizer` or `rounding` is none.
         ValueError: a selected parameter is missing, complex, or already has a prox.
     Source: Loshchilov and Hutter, 2019; Yun, Lozano and Yang, 2021 (ProxGen).
 
