@@ -459,6 +459,7 @@ def train(attempt):
 
 with tr.TensorBoardMonitor(folder / "imports", tr.Regularizer(torch.nn.Linear(2, 2), tr.L1(1.0))) as monitor:
     monitor.log(0)  # what it imports, the children have
+torch.set_num_threads(1)  # in a child of a process that has used OpenMP's threads, these hang
 random.seed(0)
 for attempt in range(kills + 1):
     child = os.fork()
