@@ -53,8 +53,8 @@ ORDER = [
 ]
 # The same within a package, where it is settled; elsewhere it is enough that no circle closes.
 INSIDE = {
-    "kernels": ["random_bits", "native", "choice", "summaries", "steps", "soft"],
-    "optim": ["step_sizes", "rounding", "attachment", "one_pass", "wide_step", "swap_ins", "fista"],
+    "kernels": ["random_bits", "native", "cuda_kernels", "cuda", "choice", "summaries", "steps", "soft"],
+    "optim": ["step_sizes", "rounding", "attachment", "one_pass", "on_device", "wide_step", "swap_ins", "fista"],
     "penalties": ["base"],
 }
 # Optional packages, by the only part of the house that may import them (by none of it, where there is no name).
@@ -64,6 +64,7 @@ ONLY_IN = {
     "PIL": "monitor",
     "matplotlib": "plots",
     "safetensors": "checkpoints",
+    "triton": "kernels",
     "sklearn": None,
     "torchvision": None,
     "tqdm": None,

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,16 +43,60 @@ def test_a_backend_that_is_there_but_not_asked_for_says_so(monkeypatch: pytest.M
     assert tr.backends()["native"] == tr.Backend("native", False, "TORCHREG_BACKEND=torch")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_triton_says_so_and_cannot_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("Triton runs on the CPU here")
+    monkeypatch.delenv("TORCHREG_BACKEND", raising=False)
+    assert tr.backends()["triton"] == tr.Backend("triton", False, "no CUDA device")
+    monkeypatch.setenv("TORCHREG_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match="=triton, but Triton cannot serve: no CUDA device; or unset"):
+        tr.backends()
+
+
+@pytest.mark.parametrize(
+    ("setting", "note"),
+    [
+        ({"find_spec": lambda name: None}, "triton is not installed"),
+        ({"try_out": RuntimeError("Failed to find C compiler. Specify CC\nmore")}, "no C compiler: Failed to find C "),
+        ({"try_out": OSError("libcuda.so cannot found!")}, "OSError: libcuda.so cannot found!"),
+    ],
+    ids=["not installed", "no compiler", "no driver"],
+)
+def test_with_a_gpu_the_table_says_what_else_triton_lacks(
+    setting: dict[str, Any], note: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And torch serves."""
+    if "try_out" in setting:
+        cuda = pytest.importorskip("torchreg.kernels.cuda")
+
+        def broken() -> None:
+            raise setting["try_out"]
+
+        monkeypatch.setattr(cuda, "try_out", broken)
+    else:
+        monkeypatch.setattr(choice.importlib.util, "find_spec", setting["find_spec"])
+    monkeypatch.delenv("TORCHREG_BACKEND", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(choice, "_tried", choice._tried.__wrapped__)
+    found = tr.backends()["triton"]
+    assert not found.used
+    assert found.note.startswith(note)
+    assert choice.triton() is None
+
+
 def test_an_unknown_backend_is_an_error_at_first_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHREG_BACKEND", "cuda")
     for _ in range(2):
-        with pytest.raises(ValueError, match=r'TORCHREG_BACKEND="cuda" names no backend; set it to native or torch'):
+        with pytest.raises(
+            ValueError, match=r'TORCHREG_BACKEND="cuda" names no backend; set it to native, triton or torch'
+        ):
             tr.backends()
 
 
 def test_a_missing_name_lists_those_there_are() -> None:
-    with pytest.raises(KeyError, match=r"no backend 'triton'; the backends are \['native', 'torch'\]"):
-        tr.backends()["triton"]
+    with pytest.raises(KeyError, match=r"no backend 'cuda'; the backends are \['native', 'triton', 'torch'\]"):
+        tr.backends()["cuda"]
 
 
 def test_a_library_that_is_no_library_or_of_another_version_is_a_reason_and_no_crash(tmp_path: Path) -> None:

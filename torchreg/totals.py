@@ -16,7 +16,7 @@ Item = tuple[str, Tensor, Penalty]
 
 
 class Batch(NamedTuple):
-    """Weights of one key and dtype, which the native library takes together."""
+    """Weights of one key, dtype and device, which a kernel takes together."""
 
     weights: list[Tensor]
     penalties: list[soft.Soft]
@@ -47,21 +47,21 @@ def add_gradients_(items: Iterable[Item]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _batched(items: Iterable[Item], into_grad: bool = False) -> tuple[list[tuple[str, Batch]], list[Item]]:
-    """What the native library takes, and the rest."""
-    batches: dict[tuple[str, torch.dtype, bool], Batch] = {}
+    """What a kernel takes, and the rest."""
+    batches: dict[tuple[str, torch.dtype, torch.device, bool], Batch] = {}
     rest = []
     available = soft.available()
     for item in items:
         key, w, penalty = item
         terms = penalty._soft() if available else None
-        if terms is None or not soft.serves(w, terms.anchor) or (into_grad and not _takes_gradient(w)):
+        if terms is None or not soft.takes(w, terms.anchor) or (into_grad and not _takes_gradient(w)):
             rest.append(item)
             continue
         # A sum of weights that train and others would give the others a graph.
-        weights, penalties = batches.setdefault((key, w.dtype, w.requires_grad), Batch([], []))
+        weights, penalties = batches.setdefault((key, w.dtype, w.device, w.requires_grad), Batch([], []))
         weights.append(w)
         penalties.append(terms)
-    return [(key, batch) for (key, _, _), batch in batches.items()], rest
+    return [(key, batch) for (key, *_), batch in batches.items()], rest
 
 
 def _takes_gradient(w: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""What runs in every training step: native C where it was built, and plain torch, behind one face."""
+"""What runs in every training step: native C where it was built, Triton on a GPU, and plain torch, behind one face."""
 
 from torchreg.kernels.choice import Backend as Backend
 from torchreg.kernels.choice import Backends as Backends

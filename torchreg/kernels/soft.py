@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-from torchreg.kernels.choice import native
+from torchreg.kernels.choice import native, triton
 from torchreg.kernels.native import DTYPES
 
 VALUE, GRADIENT, BOTH = 0, 1, 2
@@ -32,10 +32,10 @@ class Soft(NamedTuple):
 
 
 def available() -> bool:
-    """The native library can serve now: nothing watches or transforms torch's operations, from which C would hide."""
+    """A kernel can serve now: nothing watches or transforms torch's operations, from which it would hide."""
     return (
         not torch.compiler.is_compiling()  # first: a graph would break at what else is asked here
-        and native() is not None
+        and (native() is not None or triton() is not None)
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._get_tracing_state() is None
@@ -43,12 +43,29 @@ def available() -> bool:
     )
 
 
+def takes(w: Tensor, anchor: Tensor | None) -> bool:
+    """There is a kernel here that takes this weight."""
+    if w.is_cpu and native() is not None:
+        return serves(w, anchor)
+    kernels = triton()
+    return (
+        kernels is not None
+        and kernels.serves(w.device)
+        and not kernels.capturing(w.device)  # a graph's replay would find nothing of what is sent now
+        and w.dtype in (torch.float32, torch.float64)
+        and is_dense(w, anchor)
+    )
+
+
 def serves(w: Tensor, anchor: Tensor | None, dtypes: Collection[torch.dtype] = (torch.float32, torch.float64)) -> bool:
     """C can read this weight: dense memory on the CPU in one of `dtypes`, and no subclass that may hold no data."""
+    return w.is_cpu and w.dtype in dtypes and is_dense(w, anchor)
+
+
+def is_dense(w: Tensor, anchor: Tensor | None) -> bool:
+    """Memory that a kernel can read from one end to the other, as that of its anchor."""
     return (
         type(w) in (Tensor, Parameter)
-        and w.is_cpu
-        and w.dtype in dtypes
         and w.layout is torch.strided
         # `empty_like` keeps the strides of dense memory alone.
         and (w.is_contiguous() or torch.empty_like(w).stride() == w.stride())
@@ -58,10 +75,10 @@ def serves(w: Tensor, anchor: Tensor | None, dtypes: Collection[torch.dtype] = (
 
 
 def matches(other: Tensor, w: Tensor) -> bool:
-    """Entry i of `other` lies where entry i of `w` does, and is of its dtype."""
+    """Entry i of `other` lies where entry i of `w` does, on its device, and is of its dtype."""
     return (
         type(other) in (Tensor, Parameter)
-        and other.is_cpu
+        and other.device == w.device
         and other.dtype is w.dtype
         and other.layout is torch.strided
         and other.shape == w.shape
@@ -74,10 +91,11 @@ def value(weights: Sequence[Tensor], penalties: Sequence[Soft]) -> Tensor:
     """The penalty of all weights: a 0-d tensor that autograd can follow, to second derivatives too.
 
     Args:
-        weights: such as `serves` takes, all of one dtype, while the library is `available`.
+        weights: such as are taken (`takes`), all of one dtype and device, while a kernel is `available`.
         penalties: one for each weight.
     Returns:
-        A tensor of the weights' dtype. It is summed in float64, in the same order for any number of threads.
+        A tensor of the weights' dtype, on their device. It is summed in float64 (on a GPU from blocks in the weights'
+        dtype), in the same order for any number of threads.
     """
     return _Value.apply(penalties, *weights)
 
@@ -91,7 +109,7 @@ def add_gradients_(weights: Sequence[Tensor], penalties: Sequence[Soft]) -> Tens
         gradients.append(w.grad)
     found = _run(BOTH, weights, penalties, gradients, None)
     increment_version(gradients)
-    return _tensor(found, weights[0])
+    return found
 
 
 class _Value(torch.autograd.Function):
@@ -99,7 +117,7 @@ class _Value(torch.autograd.Function):
     def forward(ctx: Any, penalties: Sequence[Soft], *weights: Tensor) -> Tensor:
         ctx.penalties = penalties
         ctx.save_for_backward(*weights)
-        return _tensor(_run(VALUE, weights, penalties, [None] * len(weights), None), weights[0])
+        return _run(VALUE, weights, penalties, [None] * len(weights), None)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
@@ -124,10 +142,13 @@ def _run(
     penalties: Sequence[Soft],
     gradients: Sequence[Tensor | None],
     slope: Tensor | None,
-) -> float:
+) -> Tensor:
     """Carries out a task; returns the value, which is 0 for `GRADIENT`."""
-    library = native()
-    assert library is not None
+    library, kernels = native(), triton()
+    if library is None or not weights[0].is_cpu:
+        assert kernels is not None
+        strengths, anchors = [(x.l1, x.l2) for x in penalties], [x.anchor for x in penalties]
+        return kernels.soft(task, weights, strengths, anchors, gradients, slope)
     table = b"".join(
         PACK(
             w.data_ptr(),
@@ -145,8 +166,4 @@ def _run(
     address = 0 if at is None else at.data_ptr()
     if library.soft(table, len(penalties), task, found.buffer_info()[0], address, library.team, library.threads):
         raise MemoryError("no memory for the sums of the penalties; free some, or set TORCHREG_BACKEND=torch")
-    return found[0]
-
-
-def _tensor(value: float, w: Tensor) -> Tensor:
-    return torch.tensor(value, dtype=w.dtype, device="cpu")  # a default device may be another
+    return torch.tensor(found[0], dtype=weights[0].dtype, device="cpu")  # a default device may be another

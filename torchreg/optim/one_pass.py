@@ -89,7 +89,7 @@ class Rows:
 
     def point_to(self, gradients: list[Tensor]) -> bool:
         """The gradients are in the tables; False where C cannot read one in the order of its weight."""
-        addresses, width = self.tables.addresses, self.tables.address_width
+        addresses, width, device = self.tables.addresses, self.tables.address_width, self.memory[0].device
         for i, (gradient, (dtype, stride, size)) in enumerate(zip(gradients, self.layouts, strict=True)):
             if (
                 type(gradient) is not Tensor
@@ -97,7 +97,7 @@ class Rows:
                 or gradient.layout is not torch.strided
                 or gradient.stride() != stride
                 or gradient.numel() != size
-                or not gradient.is_cpu
+                or gradient.device != device
                 or gradient.is_neg()
             ):
                 return False
@@ -139,14 +139,7 @@ class OnePass(ABC):
         library = native()
         if library is None or _is_scaled(optimizer):
             return False
-        groups, parameters, gradients = [], [], []
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                gradient = parameter.grad
-                if gradient is not None:
-                    groups.append(group)
-                    parameters.append(parameter)
-                    gradients.append(gradient)
+        groups, parameters, gradients = with_gradients(optimizer)
         states = list(optimizer.state.values())
         asked = [penalties.get(id(parameter), FREE) for parameter in parameters]
         settings = [rounding, *(_settings(group) for group in optimizer.param_groups)]
@@ -310,6 +303,19 @@ class SGDPass(OnePass):
 
 
 PASSES: dict[type[Optimizer], type[OnePass]] = {SGD: SGDPass, Adam: AdamPass, AdamW: AdamPass}
+
+
+def with_gradients(optimizer: Optimizer) -> tuple[list[Group], list[Tensor], list[Tensor]]:
+    """The group, the parameter and the gradient of each parameter that has one."""
+    groups, parameters, gradients = [], [], []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is not None:
+                groups.append(group)
+                parameters.append(parameter)
+                gradients.append(gradient)
+    return groups, parameters, gradients
 
 
 def _soft(asked: Penalty | Soft | None) -> Soft | None:

@@ -15,6 +15,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from torchreg.optim.attachment import Attachment, Frozen, Prox
+from torchreg.optim.on_device import OnDevice
 from torchreg.optim.one_pass import PASSES, OnePass
 from torchreg.optim.rounding import Rounding, StochasticRounding
 from torchreg.optim.step_sizes import STEP_SIZES, StepSize
@@ -96,7 +97,7 @@ class Proximal(Optimizer):
     def _eager_step(self) -> None:
         assert self.attachment is not None
         penalties = self.attachment.penalties(self)
-        if self._one_pass.step(self, penalties, self.rounding):
+        if any(one.step(self, penalties, self.rounding) for one in self._one_passes):
             return
         if has_narrow(self) and any(penalty is not None and not penalty.is_zero for penalty in penalties.values()):
             wide_step(self, _unhooked(self._stock), penalties, self._step_size, self.rounding)
@@ -114,9 +115,10 @@ class Proximal(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """The stock step, then w ← prox(w, unit response) for every selected parameter that has a gradient.
 
-        On a CPU both are one pass over memory where the native kernel serves (`torchreg.backends()`) and takes the
-        penalty: any sum of |w| and w², on float32, float64 and bfloat16 weights. Weights narrower than float32 step in
-        float32, with their prox, and are rounded once, as `rounding` says; at strength 0 they take the stock step.
+        Both are one pass over memory where a kernel serves (`torchreg.backends()`) and takes the penalty, any sum of
+        |w| and w²: the native one for float32, float64 and bfloat16 weights on a CPU, Triton's on a GPU. Weights
+        narrower than float32 step in float32, with their prox, and are rounded once, as `rounding` says; at strength 0
+        they take the stock step.
 
         Args:
             closure: reevaluates the model and returns the loss.
@@ -138,8 +140,10 @@ class Proximal(Optimizer):
     step.hooked = True  # type: ignore[attr-defined]  # by which torch knows a step that it has wrapped
 
     @functools.cached_property
-    def _one_pass(self) -> OnePass:
-        return PASSES[self._stock](self._stock)
+    def _one_passes(self) -> tuple[OnePass, OnDevice]:
+        """Of weights on the CPU and of those on a GPU: each leaves the other's alone."""
+        one = PASSES[self._stock](self._stock)
+        return one, OnDevice(one)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group as the stock class does; its selected parameters get the prox from now on."""
