@@ -9,9 +9,10 @@ AS_ROOT := $(shell test `id -u` = 0 || echo sudo -n)
 demo: .venv/.examples
 	$(PY) examples/mnist_mlp.py
 
-# A file's tests run in one process, so that what they share is made once: a training, a server.
+# A file's tests run in one process, so that what they share is made once: a training, a server. Two processes with
+# two threads each would wait for one another.
 test: lint .venv/.browser
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
 test-slow: .venv/.test
 	$(PY) -m pytest -q -m slow
@@ -22,6 +23,7 @@ bench: .venv/.bench
 	$(PY) benchmarks/minibatch.py --short
 	$(PY) benchmarks/step.py --short
 	$(PY) benchmarks/penalty.py --short
+	$(PY) benchmarks/stats.py --short
 	$(PY) benchmarks/iteration.py --short
 	$(PY) benchmarks/scaling.py --short
 	$(PY) benchmarks/monitor.py --short

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -30,8 +29,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from step import forced, ratios, take_turns, users_loop
 from torch import Tensor, nn
+from turns import forced, ratios, take_turns
+from weights import users_loop
 
 import torchreg as tr
 
@@ -144,7 +144,6 @@ def main() -> None:
     for threads in options.threads:
         torch.set_num_threads(threads)
         times = take_turns(ways(images, labels), 15.0 if options.short else 120.0, threads)
-        os.environ.pop("TORCHREG_BACKEND", None)
         for name, (low, middle, high) in ratios(times, "plain").items():
             print(f"| {name} | {threads} | {middle:.3f} ({low:.3f}, {high:.3f}) |", flush=True)
             record.append({"way": name, "threads": threads, "quartiles": [low, middle, high]})

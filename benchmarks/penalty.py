@@ -19,19 +19,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from step import NETWORKS, Shapes, Weights, forced, take_turns
 from torch import Tensor
+from turns import cell, forced, take_turns
+from weights import LAMBDA, NETWORKS, Shapes, Weights
 
 import torchreg as tr
-
-LAMBDA = 1e-6
 
 
 class Data(torch.autograd.Function):
@@ -77,7 +75,6 @@ def added(shapes: Shapes, threads: int, seconds: float) -> dict[str, Any]:
         variants["reg()"] = forced("native", step(reg))
         variants["add_gradient_()"] = forced("native", step(None, after=reg.add_gradient_))
     times = take_turns(variants, seconds, threads)
-    os.environ.pop("TORCHREG_BACKEND", None)
 
     plain = statistics.median(times["plain"])
     naive = statistics.median(times["naive"]) - plain
@@ -103,7 +100,7 @@ def main() -> None:
         torch.set_num_threads(threads)
         for network, shapes in list(NETWORKS.items())[: 2 if options.short else 3]:
             found = added(shapes(), threads, 4.0 if options.short else 30.0)
-            texts = ["{1:.2f} ({0:.2f}, {2:.2f})".format(*found[c]) if c in found else "not built" for c in columns]
+            texts = [cell(found, c) for c in columns]
             print(f"| {network} | {threads} | {found['naive_ms']:.2f} | {' | '.join(texts)} |", flush=True)
             record.append({"network": network, "threads": threads, **found})
             if options.json:

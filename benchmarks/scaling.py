@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step import Shapes, Weights, forced, ratios, take_turns
+from turns import cell, forced, ratios, take_turns
+from weights import LAMBDA, Shapes, Weights
 
 import torchreg as tr
 
-LAMBDA = 1e-6
 WORDS = 9  # that a weight needs in memory: two networks' w, m and v with a gradient each, and the copy's
 
 
@@ -66,7 +66,6 @@ def measured(weights: int, tensors: int, threads: int, seconds: float) -> dict[s
     native = {"native": forced("native", prox.step)} if tr.backends()["native"].used else {}
     variants: dict[str, Callable[[], Any]] = {"fused": fused.step, **native, "torch": forced("torch", prox.step)}
     times = take_turns({**variants, "copy": copy}, seconds, threads)
-    os.environ.pop("TORCHREG_BACKEND", None)
     found: dict[str, Any] = dict(ratios(times, "fused"))
     if native:
         per_copy = [a / b for a, b in zip(times["native"], times["copy"], strict=True)]
@@ -90,10 +89,7 @@ def main() -> None:
                 print(f"| {weights:,} | {tensors:,} | {threads} | more than half of the free memory | | |", flush=True)
                 continue
             found = measured(weights, tensors, threads, 2.0 if options.short else 15.0)
-            cells = [
-                "{1:.2f} ({0:.2f}, {2:.2f})".format(*found[c]) if c in found else "not built"
-                for c in ("native", "torch")
-            ]
+            cells = [cell(found, c) for c in ("native", "torch")]
             share = f"{found['of the copy']:.0%}" if "of the copy" in found else "not built"
             print(f"| {weights:,} | {tensors:,} | {threads} | {' | '.join(cells)} | {share} |", flush=True)
             record.append({"weights": weights, "tensors": tensors, "threads": threads, **found})

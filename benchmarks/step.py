@@ -27,110 +27,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from turns import Quartiles, cell, forced, ratios, take_turns
+from weights import LAMBDA, NETWORKS, Shapes, Weights, users_loop
 
 import torchreg as tr
-from torchreg.kernels import summarize
 
-Shapes = list[tuple[int, ...]]
-LAMBDA = 1e-6
 OPTIMIZERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "AdamW": (torch.optim.AdamW, tr.optim.ProxAdamW, {"lr": 1e-3}),
     "SGD, momentum": (torch.optim.SGD, tr.optim.ProxSGD, {"lr": 1e-3, "momentum": 0.9}),
 }
 
 
-def lenet() -> Shapes:
-    """LeNet-300-100."""
-    return [(300, 784), (300,), (100, 300), (100,), (10, 100), (10,)]
-
-
-def resnet50() -> Shapes:
-    """Convolutions, two vectors a norm layer, and the classifier: 161 tensors, 25.6 M weights."""
-    convolutions: Shapes = [(64, 3, 7, 7)]
-    inputs = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            convolutions += [(width, inputs, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
-            if block == 0:
-                convolutions.append((4 * width, inputs, 1, 1))
-            inputs = 4 * width
-    return [shape for c in convolutions for shape in (c, c[:1], c[:1])] + [(1000, 2048), (1000,)]
-
-
-def gpt2() -> Shapes:
-    """GPT-2 small: 148 tensors, 124.4 M weights."""
-    block: Shapes = [(768,), (768,), (2304, 768), (2304,), (768, 768), (768,)]
-    block += [(768,), (768,), (3072, 768), (3072,), (768, 3072), (768,)]
-    return [(50257, 768), (1024, 768), *block * 12, (768,), (768,)]
-
-
-NETWORKS: dict[str, Callable[[], Shapes]] = {"LeNet-300-100": lenet, "ResNet-50": resnet50, "GPT-2 small": gpt2}
-
-
-class Weights(nn.Module):
-    """Parameters of given shapes, with gradients, and no forward pass."""
-
-    def __init__(self, shapes: Shapes) -> None:
-        super().__init__()
-        self.all = nn.ParameterList([nn.Parameter(torch.randn(shape) * 0.05) for shape in shapes])
-        for w in self.all:
-            w.grad = torch.randn_like(w) * 0.01
-
-
-def users_loop(optimizer: Any) -> None:
-    """The stock step as it comes, then w ← sign(w)·max(|w| − s·λ, 0), with the step of the metric for each weight."""
-    optimizer.step()
-    with torch.no_grad():
-        for group in optimizer.param_groups:
-            for w in group["params"]:
-                if w.dim() < 2:
-                    continue
-                step: Any = group["lr"]
-                if "betas" in group:
-                    state = optimizer.state[w]
-                    correction = (1 - group["betas"][1] ** state["step"].item()) ** 0.5
-                    step = step / (state["exp_avg_sq"].sqrt() / correction + group["eps"])
-                else:
-                    step = step / (1 - group["momentum"])
-                w.copy_(torch.sign(w) * torch.relu(w.abs() - step * LAMBDA))
-
-
-def take_turns(variants: dict[str, Callable[[], None]], seconds: float, threads: int) -> dict[str, list[float]]:
-    """The time of each variant in every turn; the first two turns, which build states and caches, do not count."""
-    clock = time.thread_time if threads == 1 else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    end, turn = time.perf_counter() + seconds, 0
-    while turn < 7 or time.perf_counter() < end:
-        for name, run in variants.items():
-            start = clock()
-            run()
-            if turn > 1:
-                times[name].append(clock() - start)
-        turn += 1
-    return times
-
-
-def forced(backend: str, run: Callable[[], Any]) -> Callable[[], None]:
-    def go() -> None:
-        os.environ["TORCHREG_BACKEND"] = backend
-        run()
-
-    return go
-
-
-def ratios(times: dict[str, list[float]], base: str) -> dict[str, tuple[float, float, float]]:
-    """First quartile, median and third quartile of each variant over its neighbour in the same turn."""
-    found = {}
-    for name in times:
-        if name != base:
-            turns = [a / b for a, b in zip(times[name], times[base], strict=True)]
-            low, middle, high = statistics.quantiles(turns, n=4)
-            found[name] = (low, middle, high)
-    return found
-
-
-def steps(shapes: Shapes, optimizer: str, threads: int, seconds: float) -> dict[str, tuple[float, float, float]]:
+def steps(shapes: Shapes, optimizer: str, threads: int, seconds: float) -> dict[str, Quartiles]:
     stock, swap_in, settings = OPTIMIZERS[optimizer]
     plain, regularized = Weights(shapes), Weights(shapes)
     fused = stock(plain.parameters(), fused=True, **settings)
@@ -139,7 +47,6 @@ def steps(shapes: Shapes, optimizer: str, threads: int, seconds: float) -> dict[
     native = {"native": forced("native", prox.step)} if tr.backends()["native"].used else {}
     variants = {"fused": fused.step, **native, "torch": forced("torch", prox.step), "loop": lambda: users_loop(loop)}
     times = take_turns(variants, seconds, threads)
-    os.environ.pop("TORCHREG_BACKEND", None)
     return ratios(times, "fused")
 
 
@@ -164,6 +71,7 @@ class Turn:
                 for name, (start, stop) in marks.items():
                     self.times[name].append(start.elapsed_time(stop))
             turn += 1
+        os.environ.pop("TORCHREG_BACKEND", None)
         return self.times
 
 
@@ -181,7 +89,7 @@ def captured(step: Callable[[], Any]) -> Callable[[], None]:
     return graph.replay  # type: ignore[no-any-return]
 
 
-def on_gpu(shapes: Shapes, optimizer: str, seconds: float) -> tuple[dict[str, tuple[float, float, float]], float]:
+def on_gpu(shapes: Shapes, optimizer: str, seconds: float) -> tuple[dict[str, Quartiles], float]:
     """Ratios to the stock fused step, and the GB/s that the step with Triton's kernels moves."""
     stock, swap_in, settings = OPTIMIZERS[optimizer]
     words = 7 if optimizer == "AdamW" else 5  # read and written for each weight
@@ -203,7 +111,6 @@ def on_gpu(shapes: Shapes, optimizer: str, seconds: float) -> tuple[dict[str, tu
     again = swap_in(regularized.parameters(), regularizer=reg, **settings, **capturable)
     graphs = {"fused": captured(fused.step), "in a graph": captured(forced("triton", again.step))}
     found = Turn(graphs).take(seconds)
-    os.environ.pop("TORCHREG_BACKEND", None)
     moved = 4 * words * sum(w.numel() for w in regularized.parameters())
     speed = moved / statistics.median(found["in a graph"]) / 1e6
     return {**ratios(times, "fused"), **ratios(found, "fused")}, speed
@@ -229,7 +136,7 @@ def main_on_gpu(networks: dict[str, Callable[[], Shapes]], seconds: float, file:
     for network, shapes in networks.items():
         for optimizer in OPTIMIZERS:
             found, speed = on_gpu(shapes(), optimizer, seconds)
-            texts = ["{1:.2f} ({0:.2f}, {2:.2f})".format(*found[c]) for c in columns]
+            texts = [cell(found, c) for c in columns]
             print(f"| {network} | {optimizer} | {' | '.join(texts)} | {speed / copy:.2f} |", flush=True)
             record.append({"row": [network, optimizer], "quartiles": found, "speed": speed, "copy": copy})
             if file:
@@ -237,7 +144,7 @@ def main_on_gpu(networks: dict[str, Callable[[], Shapes]], seconds: float, file:
     print(f"\ntorch {torch.__version__}")
 
 
-def half_dead(threads: int, seconds: float) -> dict[str, tuple[float, float, float]]:
+def half_dead(threads: int, seconds: float) -> dict[str, Quartiles]:
     """A layer of which half the weights are dead, their moments faded, beside a dense one."""
     runs = {}
     for name in ("dense", "half dead"):
@@ -254,20 +161,6 @@ def half_dead(threads: int, seconds: float) -> dict[str, tuple[float, float, flo
             prox.step()
         runs[name] = prox.step
     return ratios(take_turns(runs, seconds, threads), "dense")
-
-
-def statistics_of(shapes: Shapes, threads: int, seconds: float) -> dict[str, tuple[float, float, float]]:
-    weights = [w.detach() for w in Weights(shapes).parameters()]
-
-    def three_items() -> None:
-        for w in weights:
-            (w == 0).sum().item(), w.abs().sum().item(), w.square().sum().item()
-
-    native = {"native": forced("native", lambda: summarize(weights))} if tr.backends()["native"].used else {}
-    variants = {"items": three_items, **native, "torch": forced("torch", lambda: summarize(weights))}
-    times = take_turns(variants, seconds, threads)
-    os.environ.pop("TORCHREG_BACKEND", None)
-    return ratios(times, "items")
 
 
 def main() -> None:
@@ -287,11 +180,8 @@ def main() -> None:
         return
     record: list[dict[str, Any]] = []
 
-    def row(cells: list[str], found: dict[str, tuple[float, float, float]], columns: list[str]) -> None:
-        texts = [
-            "{1:.2f} ({0:.2f}, {2:.2f})".format(*found[name]) if name in found else "not built" for name in columns
-        ]
-        print(f"| {' | '.join([*cells, *texts])} |", flush=True)
+    def row(cells: list[str], found: dict[str, Quartiles], columns: list[str]) -> None:
+        print(f"| {' | '.join([*cells, *(cell(found, name) for name in columns)])} |", flush=True)
         record.append({"row": cells, "quartiles": found})
         if options.json:
             options.json.write_text(json.dumps(record, indent=1), encoding="utf-8")
@@ -304,11 +194,6 @@ def main() -> None:
             for optimizer in OPTIMIZERS:
                 found = steps(shapes(), optimizer, threads, seconds)
                 row([network, optimizer, str(threads)], found, ["native", "torch", "loop"])
-    print("\n| statistics | threads | native | torch |\n|---|---|---|---|", flush=True)
-    for threads in options.threads:
-        torch.set_num_threads(threads)
-        for network, shapes in networks.items():
-            row([network, str(threads)], statistics_of(shapes(), threads, seconds), ["native", "torch"])
     print("\n| a half-dead layer over a dense one | threads | ratio |\n|---|---|---|", flush=True)
     for threads in options.threads:
         torch.set_num_threads(threads)

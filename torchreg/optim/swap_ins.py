@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -99,12 +98,15 @@ class Proximal(Optimizer):
         penalties = self.attachment.penalties(self)
         if any(one.step(self, penalties, self.rounding) for one in self._one_passes):
             return
-        if has_narrow(self) and any(penalty is not None and not penalty.is_zero for penalty in penalties.values()):
-            wide_step(self, _unhooked(self._stock), penalties, self._step_size, self.rounding)
-            return
+        if all(penalty is None or penalty.is_zero for penalty in penalties.values()):
+            stock = _unhooked(self._stock)  # bit for bit
+        else:
+            stock = functools.partial(_fused, _unhooked(self._stock))
+            if has_narrow(self):
+                wide_step(self, stock, penalties, self._step_size, self.rounding)
+                return
         self.attachment.before(self)
-        with _fused(self):
-            _unhooked(self._stock)(self)
+        stock(self)
         self.attachment.apply(self)
 
     # A break in the graph of torch.compile; not torch.compiler.disable, which would load the compiler with the library.
@@ -258,22 +260,16 @@ def _unhooked(stock: type[Optimizer]) -> Callable[..., Any]:
     return step  # type: ignore[no-any-return]
 
 
-@contextlib.contextmanager
-def _fused(optimizer: Proximal) -> Iterator[None]:
-    """Where torch may choose and a prox follows, a CPU takes Adam's fused step: the default loop is four times slower.
+def _fused(stock: Callable[[Optimizer], Any], optimizer: Optimizer) -> None:
+    """The stock step; where torch may choose, a CPU takes Adam's fused one: the default loop is four times slower.
 
     Torch's fused SGD fails where some parameters have a momentum buffer and others not yet, and gains little.
     """
-    attachment = optimizer.attachment
-    groups: list[dict[str, Any]] = []
-    if attachment is not None and not isinstance(optimizer, SGD) and not torch.compiler.is_compiling():
-        penalties = attachment.penalties(optimizer).values()
-        if any(penalty is not None and not penalty.is_zero for penalty in penalties):
-            groups = [group for group in optimizer.param_groups if _open(group)]
+    groups = [] if isinstance(optimizer, SGD) else [group for group in optimizer.param_groups if _open(group)]
     for group in groups:
         group["fused"] = True
     try:
-        yield
+        stock(optimizer)
     finally:
         for group in groups:
             group["fused"] = None
