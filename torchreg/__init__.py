@@ -50,6 +50,13 @@ from torchreg.regularizer import Regularizer as Regularizer
 from torchreg.schedules import Schedule as Schedule
 from torchreg.selection import Selected as Selected
 from torchreg.selection import select as select
+from torchreg.stages import Dense as Dense
+from torchreg.stages import Recipe as Recipe
+from torchreg.stages import Refit as Refit
+from torchreg.stages import Regularize as Regularize
+from torchreg.stages import Sparsify as Sparsify
+from torchreg.stages import Stage as Stage
+from torchreg.stages import Stages as Stages
 from torchreg.target_sparsity import TargetSparsity as TargetSparsity
 from torchreg.terms import Term as Term
 from torchreg.zeros import FrozenZeros as FrozenZeros

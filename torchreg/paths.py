@@ -304,22 +304,22 @@ def path(
         _check_same(walked, names, proportions, grid)
         if walked:
             walked[-1].load_into(reg)
-        _set_rng(walked._rng)
+        set_rng(walked._rng)
     else:
         if grid is None:
             if closure is None:
                 raise ValueError("there is no grid; pass lambdas, or the closure from whose gradients λ_max follows")
             grid = lambda_grid(reg, fit, closure)
-        walked._names, walked._proportions, walked._rng = names, proportions, _rng(reg.model)
+        walked._names, walked._proportions, walked._rng = names, proportions, rng_states(reg.model)
     walked.lambdas = grid or walked.lambdas
 
-    back = (_copied(reg.model.state_dict()), reg.state_dict())
+    back = (copied(reg.model.state_dict()), reg.state_dict())
     if walked and stop is not None and stop(walked):
         return walked
     for strength in walked.lambdas[len(walked) :]:
         try:
             _set(reg, strength, walked._proportions)
-            with _fitting(reg):
+            with fitting(reg):
                 fit(reg.model, reg)
             point = _measured(reg, strength, closure, score)
         except BaseException:
@@ -328,7 +328,7 @@ def path(
             raise
         assert point.state is not None
         back = point.state, point.strengths
-        walked._rng = _rng(reg.model)
+        walked._rng = rng_states(reg.model)
         walked._points.append(point)
         if keep is not None:
             kept = {id(one) for one in keep(walked)} | {id(point)}
@@ -395,7 +395,7 @@ def _largest(reg: Regularizer, fit: Fit, closure: Closure) -> float:
                 bound.parameter().data.copy_(corner(bound))
             # A penalty holds them there: frozen weights would leave an optimizer's certificate nothing to compare with.
             _set(reg, 10 * largest, _proportions(reg))
-            with _fitting(reg):
+            with fitting(reg):
                 fit(reg.model, reg)
             largest, _ = _lambda_max(reg, closure)
             if all(torch.equal(bound.parameter(), corner(bound)) for bound in held):
@@ -466,7 +466,7 @@ def _measured(reg: Regularizer, strength: float, closure: Closure | None, score:
         penalty,
         loss,
         reg.state_dict(),
-        _copied(reg.model.state_dict()),
+        copied(reg.model.state_dict()),
     )
 
 
@@ -478,7 +478,7 @@ def _number(name: str, value: object) -> float:
     return float(number)
 
 
-def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+def copied(state: Mapping[str, Any]) -> dict[str, Any]:
     """A copy on the CPU: `state_dict()` aliases the live weights."""
     return {
         key: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
@@ -492,7 +492,7 @@ def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
 @contextlib.contextmanager
 def put_back(reg: Regularizer) -> Iterator[None]:
     """After the block, model and strengths are what they were before it."""
-    state, strengths = _copied(reg.model.state_dict()), reg.state_dict()
+    state, strengths = copied(reg.model.state_dict()), reg.state_dict()
     try:
         yield
     finally:
@@ -513,7 +513,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _fitting(reg: Regularizer) -> Iterator[None]:
+def fitting(reg: Regularizer) -> Iterator[None]:
     """Lets go of the optimizers that a fit makes for itself: the next one brings its own."""
     before = [reference() for reference, _ in reg._routes]
 
@@ -532,13 +532,13 @@ def _fitting(reg: Regularizer) -> Iterator[None]:
     reg._forget_dead()
 
 
-def _rng(model: nn.Module) -> dict[str, Tensor]:
+def rng_states(model: nn.Module) -> dict[str, Tensor]:
     """The states of torch's random generators, of the CPU and where the model is."""
     cuda = {str(w.device): torch.cuda.get_rng_state(w.device) for w in model.parameters() if w.is_cuda}
     return {"cpu": torch.get_rng_state(), **cuda}
 
 
-def _set_rng(states: Mapping[str, Tensor]) -> None:
+def set_rng(states: Mapping[str, Tensor]) -> None:
     for device, state in states.items():
         if device == "cpu":
             torch.set_rng_state(state)
