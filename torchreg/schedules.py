@@ -355,7 +355,8 @@ class Schedule:
             for term, curve in self._curves.items()
         }
         for term, factor in factors.items():
-            self.regularizer[term].factor = factor
+            if self.regularizer[term].factor != factor:  # a change costs the next step what it had prepared
+                self.regularizer[term].factor = factor
         self._factors, self.last_step = factors, step
 
     def state_dict(self) -> dict[str, int]:
