@@ -38,10 +38,10 @@ class Stage(ABC):
         rewind: the stage starts from the weights as they were after that stage of the recipe, 0 being its beginning;
             weights that are zero stay zero. None is the weights as they are.
     Attributes:
-        makes_zeros: a `Refit` may follow.
+        leaves_zeros: weights are zero after it, so that a `Refit` may follow.
     """
 
-    makes_zeros: ClassVar[bool] = True
+    leaves_zeros: ClassVar[bool] = True
 
     steps: int
     rewind: int | None = dataclasses.field(default=None, kw_only=True)
@@ -80,7 +80,7 @@ class Dense(Stage):
     Dense(steps=500)
     """
 
-    makes_zeros = False
+    leaves_zeros = False
 
     @property
     def holds(self) -> str:
@@ -205,8 +205,6 @@ class Refit(Stage):
     Refit(steps=2000, rewind=1)
     """
 
-    makes_zeros = False
-
     @property
     def holds(self) -> str:
         """What holds, in words."""
@@ -215,6 +213,12 @@ class Refit(Stage):
     @contextlib.contextmanager
     def on(self, reg: Regularizer, optimizer: Optimizer) -> Iterator[None]:
         """The penalty is off and zeros are kept inside the `with` block."""
+        if not any(bool(zero.any()) for _, zero in _zeros(reg)):
+            warnings.warn(
+                f"{self!r} keeps no zeros, as no weight of {reg!r} is zero; a penalty in the loss makes none: let a "
+                "proximal optimizer carry it, such as tr.optim.ProxAdam(model.parameters(), regularizer=reg)",
+                stacklevel=3,
+            )
         with reg.disabled(), freeze_zeros(reg, optimizer):
             yield
 
@@ -250,24 +254,23 @@ class Recipe(tuple[Stage, ...]):
         """A recipe of these stages."""
         if not stages:
             raise ValueError("a recipe of no stages trains nothing; pass one or more, such as Regularize(4000)")
-        zeros = False
         for number, stage in enumerate(stages, start=1):
             if not isinstance(stage, Stage):
                 raise TypeError(
                     f"stage {number} is {stage!r}, which is no stage; pass Dense, Regularize, Sparsify or Refit, and a "
                     "recipe within a recipe as *recipe"
                 )
-            if isinstance(stage, Refit) and not zeros:
+            before = stages[number - 2] if number > 1 else None
+            if isinstance(stage, Refit) and not (before and before.leaves_zeros):
                 raise ValueError(
-                    f"stage {number}, {stage!r}, has no zeros to keep, as no stage before it regularizes; put a "
-                    "Regularize before it (or for a model that is sparse already: with Refit(n).on(reg, optimizer))"
+                    f"stage {number}, {stage!r}, has no zeros to keep, as {before or 'nothing'} comes before it; put a "
+                    "Regularize there (or for a model that is sparse already: with Refit(n).on(reg, optimizer))"
                 )
             if stage.rewind is not None and stage.rewind >= number - 1:
                 raise ValueError(
                     f"stage {number}, {stage!r}, rewinds to no earlier point: without it, it starts after stage "
                     f"{number - 1}; pass the number of a stage before that, 0 for the beginning, or leave rewind out"
                 )
-            zeros = zeros or stage.makes_zeros
         return super().__new__(cls, stages)
 
     def __getnewargs__(self) -> tuple[Stage, ...]:
@@ -388,6 +391,7 @@ class Stages:
             if stage.rewind is not None:
                 self._rewind(self._kept[stage.rewind])
             yield stage
+            self.regularizer._forget_dead()  # an optimizer of the stage's own has ended as it should
             self.done += 1
             self._begin()
 
@@ -396,12 +400,10 @@ class Stages:
 
         Saved anywhere within a stage it is the same, so save it when a stage begins, or after the last.
         """
-        if not self._start:
-            self._begin()
-        return {"done": self.done, "start": self._start, "kept": dict(self._kept)}
+        return {"done": self.done, "start": self._start or self._point(), "kept": dict(self._kept)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from there: with the model, its strengths and the random generators when the next stage is asked for.
+        """Goes on from there: model, strengths and random generators are as they were, when a stage is asked for again.
 
         Raises:
             TypeError: it is no state of stages.
@@ -432,12 +434,15 @@ class Stages:
         self._put_back(start)
         self.done, self._start, self._kept = done, start, {number: after[number] for number in self._needed(done)}
 
+    def _point(self) -> dict[str, Any]:
+        """Where the training stands."""
+        reg = self.regularizer
+        return {"model": copied(reg.model.state_dict()), "strengths": reg.state_dict(), "rng": rng_states(reg.model)}
+
     def _begin(self) -> None:
         """Keeps where the next stage begins, and what later stages rewind to."""
-        reg = self.regularizer
-        model = copied(reg.model.state_dict())
-        self._start = {"model": model, "strengths": reg.state_dict(), "rng": rng_states(reg.model)}
-        after = {**self._kept, self.done: model}
+        self._start = self._point()
+        after = {**self._kept, self.done: self._start["model"]}
         self._kept = {number: after[number] for number in self._needed(self.done)}
 
     def _needed(self, done: int) -> list[int]:
@@ -452,12 +457,10 @@ class Stages:
 
     @torch.no_grad()
     def _rewind(self, model: Mapping[str, Any]) -> None:
-        """The model as it was, with the zeros of now; toward w₀ these are the weights that are at w₀."""
-        bounds = self.regularizer._current()
-        corners = [torch.zeros_like(b.parameter()) if b.anchor is None else b.anchor.to(b.parameter()) for b in bounds]
-        zeros = [bound.parameter() == corner for bound, corner in zip(bounds, corners, strict=True)]
+        """The model as it was then, with the zeros of now."""
+        bounds, zeros = self.regularizer._current(), _zeros(self.regularizer)
         self.regularizer.model.load_state_dict(model)
-        for bound, corner, zero in zip(bounds, corners, zeros, strict=True):
+        for bound, (corner, zero) in zip(bounds, zeros, strict=True):
             bound.parameter().copy_(torch.where(zero, corner, bound.parameter()))
 
     def __repr__(self) -> str:
@@ -481,6 +484,10 @@ def _factors_put_back(reg: Regularizer) -> Iterator[None]:
 @contextlib.contextmanager
 def _stepped(stage: Stage, mover: Schedule | TargetSparsity, optimizer: Optimizer) -> Iterator[None]:
     """Inside the block, λ moves after each step of the optimizer."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}; pass that of the stage's steps"
+        )
     handle = optimizer.register_step_post_hook(lambda *_: mover.step())
     try:
         yield
@@ -488,10 +495,18 @@ def _stepped(stage: Stage, mover: Schedule | TargetSparsity, optimizer: Optimize
         handle.remove()
     if mover.last_step < stage.steps:
         warnings.warn(
-            f"{stage!r} ended after {mover.last_step:,} steps of {type(optimizer).__name__}, so λ has not come to its "
-            "end; make stage.steps steps of the optimizer that stage.on() was given",
+            f"{stage!r} ended after {mover.last_step:,} steps of {type(optimizer).__name__}; make stage.steps steps of "
+            "the optimizer that stage.on() was given, or give the stage as many as it takes",
             stacklevel=5,  # of both with blocks
         )
+
+
+@torch.no_grad()
+def _zeros(reg: Regularizer) -> list[tuple[Tensor, Tensor]]:
+    """For each parameter what counts as zero, 0 or w₀, and which of its weights are that."""
+    weights = [(bound.parameter(), bound.anchor) for bound in reg._current()]
+    corners = [torch.zeros_like(w) if anchor is None else anchor.to(w) for w, anchor in weights]
+    return [(corner, w == corner) for (w, _), corner in zip(weights, corners, strict=True)]
 
 
 def _check_enabled(reg: Regularizer) -> None:
