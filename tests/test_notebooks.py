@@ -18,7 +18,14 @@ def test_it_is_committed_executed_without_errors(path):
     assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+SLOW = {"one_lambda"}  # what it shows, test_parity.py and test_one_lambda.py hold
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] if path.stem in SLOW else []) for path in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 @pytest.mark.filterwarnings("default")  # the kernel's own processes and sockets
 def test_it_runs(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
