@@ -1,0 +1,309 @@
+"""How few weights LeNet-300-100 needs on MNIST: the error over the weights left, for four ways of making zeros.
+
+    python benchmarks/frontier.py --short         # one seed of L0 under ProxAdam: some six minutes
+    python benchmarks/frontier.py --json frontier.json --plot frontier.png        # all of it: hours
+    python benchmarks/frontier.py --validation    # trains on 50,000 images and judges by the other 10,000
+
+Each way walks down in weights from the same dense network. What it has left at a count is trained on with its zeros
+frozen, for 30 epochs; the error is that of the final epoch, on the 10,000 test images. Weights are counted over all
+three layers, biases are not. All trainings add the same Gaussian noise to the pixels, in batches of 256. MNIST is read
+from the folder in TORCHREG_DATA (see examples/mnist_data.py). Every choice was made with --validation, and
+benchmarks/FRONTIER.md tells of what was tried.
+
+- L0: `tr.L0` under `tr.optim.ProxAdam`, λ rising geometrically. In Adam's metric a weight goes where w²·√v ≤ 2·lr·λ.
+- magnitude: `torch.nn.utils.prune`, the smallest |w| of all layers, their number falling fast, then slowly.
+- L1 in the loss: `loss + λ * sum(w.abs().sum())`, and in the end a cut of the smallest |w|.
+- torchao: PruneOptimizer with ProxLasso, whose threshold is lr·λ, λ rising likewise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import torchreg as tr
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import mnist_data
+
+WEIGHTS = 266_200
+COUNTS = (13_310, 6_338, 3_060, 2_662)  # 20, 42, 87 and 100 times fewer
+BATCH, NOISE, LR = 256, 0.15, 2e-3
+DENSE, DOWN, REFIT = 4, 80, 30  # epochs
+
+Data = tuple[Tensor, Tensor]
+State = dict[str, Tensor]
+Networks = Iterator[tuple[int, nn.Sequential]]
+
+
+def lenet() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
+
+
+def linears(model: nn.Module) -> list[nn.Linear]:
+    return [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+
+
+def left(model: nn.Module) -> int:
+    return sum(int(layer.weight.count_nonzero()) for layer in linears(model))
+
+
+@torch.no_grad()
+def error(model: nn.Module, data: Data) -> float:
+    images, labels = data
+    return 100 * (model(images).argmax(1) != labels).float().mean().item()
+
+
+def batches(data: Data, epochs: int) -> Iterator[Data]:
+    images, labels = data
+    for _ in range(epochs):
+        for batch in torch.randperm(len(images)).split(BATCH)[: len(images) // BATCH]:
+            x = images[batch]
+            yield x + NOISE * torch.randn_like(x), labels[batch]
+
+
+def steps_of(data: Data, epochs: int) -> int:
+    return epochs * (len(data[0]) // BATCH)
+
+
+def train(model: nn.Module, optimizer: Any, data: Data, epochs: int, penalty: Any = None) -> Iterator[int]:
+    """Yields how many steps have been made, after each."""
+    for step, (x, y) in enumerate(batches(data, epochs), start=1):
+        loss = F.cross_entropy(model(x), y)
+        if penalty is not None:
+            loss = loss + penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        yield step
+
+
+@torch.no_grad()
+def copied(model: nn.Sequential) -> nn.Sequential:
+    twin = lenet()
+    for copy, layer in zip(linears(twin), linears(model), strict=True):
+        copy.weight.copy_(layer.weight)
+        copy.bias.copy_(layer.bias)
+    return twin
+
+
+# ---------------------------------------------------------------------- ways down: each count, with a network of it
+
+
+def passed(model: nn.Sequential, counts: list[int]) -> Iterator[int]:
+    """The counts that have been reached, each once."""
+    now = left(model)
+    while counts and now <= counts[0]:
+        yield counts.pop(0)
+
+
+def l0(model: nn.Sequential, data: Data) -> Networks:
+    """λ rises geometrically: to 3e-3 in 12 epochs, where some 20,000 weights are left, and slowly from there on."""
+    reg = tr.Regularizer(model, tr.L0(1e-4))
+    optimizer = tr.optim.ProxAdam(model.parameters(), lr=LR, regularizer=reg)
+    fast, slow = steps_of(data, 12), steps_of(data, DOWN - 12)
+    curve = tr.schedules.Chain(tr.schedules.Geometric(1, 30, steps=fast), tr.schedules.Geometric(30, 800, steps=slow))
+    schedule, counts = tr.Schedule(reg, curve), list(COUNTS)
+    for step in train(model, optimizer, data, DOWN):
+        schedule.step()
+        if step % 25 == 0:
+            for count in passed(model, counts):
+                yield count, copied(model)
+        if not counts:
+            return
+
+
+def by_magnitude(model: nn.Sequential, data: Data) -> Networks:
+    layers = [(layer, "weight") for layer in linears(model)]
+    for layer, name in layers:
+        prune.identity(layer, name)
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
+    steps, counts, now = steps_of(data, DOWN), list(COUNTS), WEIGHTS
+    for step in train(model, optimizer, data, DOWN):
+        if step % 50 == 0 or step == steps:
+            wanted = round(WEIGHTS * (COUNTS[-1] / WEIGHTS) ** (1 - (1 - step / steps) ** 1.5))
+            prune.global_unstructured(layers, prune.L1Unstructured, amount=now - wanted)
+            now = wanted
+            if counts and now <= counts[0]:
+                yield counts.pop(0), copied(model)
+
+
+def l1_in_the_loss(model: nn.Sequential, data: Data) -> Networks:
+    weights = [layer.weight for layer in linears(model)]
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
+    for _ in train(model, optimizer, data, DOWN, lambda: 1e-4 * sum(w.abs().sum() for w in weights)):
+        pass
+    for count in COUNTS:
+        network = copied(model)
+        with torch.no_grad():
+            cut = torch.cat([layer.weight.abs().flatten() for layer in linears(network)]).topk(count).values[-1]
+            for layer in linears(network):
+                layer.weight[layer.weight.abs() < cut] = 0
+        yield count, network
+
+
+def by_torchao(model: nn.Sequential, data: Data) -> Networks:
+    logging.disable(logging.WARNING)  # at import
+    warnings.filterwarnings("ignore", module="torchao")
+    from torchao.prototype.pat.optim import PruneOptimizer
+
+    weights = [layer.weight for layer in linears(model)]
+    group = {"params": weights, "group_type": "ElemGrouper", "prox_type": "ProxLasso", "reg_lambda": 1e-2}
+    biases = {"params": [layer.bias for layer in linears(model)]}
+    optimizer = PruneOptimizer(torch.optim.Adam([group, biases], lr=LR, fused=True))
+    steps, counts = steps_of(data, DOWN), list(COUNTS)
+    for step in train(model, optimizer, data, DOWN):
+        optimizer.param_groups[0]["reg_lambda"] = 1e-2 * 200 ** (step / steps)
+        if step % 25 == 0:
+            for count in passed(model, counts):
+                yield count, copied(model)
+        if not counts:
+            return
+
+
+def dense(model: nn.Sequential, data: Data) -> Networks:
+    """As long a training, of all weights."""
+    for _ in train(model, torch.optim.Adam(model.parameters(), lr=LR, fused=True), data, DOWN):
+        pass
+    yield WEIGHTS, model
+
+
+WAYS: dict[str, Callable[[nn.Sequential, Data], Networks]] = {
+    "dense": dense,
+    "L0, ProxAdam": l0,
+    "magnitude": by_magnitude,
+    "L1 in the loss, cut": l1_in_the_loss,
+    "torchao": by_torchao,
+}
+
+# ---------------------------------------------------------------------- what is left
+
+
+@torch.no_grad()
+def compacted(model: nn.Sequential) -> tuple[nn.Sequential, Tensor]:
+    """The same function of the pixels that are read, without the units that none reads or feeds; and those pixels."""
+    model = copied(model)
+    layers = linears(model)
+    for _ in layers:  # a unit that goes takes others along, a layer further each time
+        for layer, after in itertools.pairwise(layers):
+            layer.weight[~(after.weight != 0).any(0)] = 0
+            constant = ~(layer.weight != 0).any(1)
+            after.bias += after.weight[:, constant] @ layer.bias[constant].relu()
+            after.weight[:, constant] = 0
+    inputs = [(layer.weight != 0).any(0) for layer in layers]
+    outputs = [*inputs[1:], torch.ones(10, dtype=torch.bool)]
+    small = lenet()
+    for place, layer, read, fed in zip((0, 2, 4), layers, inputs, outputs, strict=True):
+        kept = nn.Linear(int(read.sum()), int(fed.sum()))
+        kept.weight.copy_(layer.weight[fed][:, read])
+        kept.bias.copy_(layer.bias[fed])
+        small[place] = kept
+    return small, inputs[0]
+
+
+def refitted(model: nn.Sequential, data: Data, test: Data) -> dict[str, Any]:
+    """The error of what is left after a refit with its zeros frozen, at the final epoch."""
+    start = error(model, test)
+    network, pixels = compacted(model)
+    seen, unseen = ((images[:, pixels], labels) for images, labels in (data, test))
+    optimizer = torch.optim.Adam(network.parameters(), lr=1.5 * LR, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps_of(data, REFIT))
+    with tr.freeze_zeros(tr.Regularizer(network, tr.L0(0.0)), optimizer):
+        for _ in train(network, optimizer, seen, REFIT):
+            schedule.step()
+    shape = "-".join(str(layer.in_features) for layer in linears(network))
+    return {
+        "left": left(network),
+        "error": error(network, unseen),
+        "before": start,
+        "on training images": error(network, seen),
+        "shape": shape,
+    }
+
+
+def table(record: list[dict[str, Any]]) -> str:
+    """Mean ± standard deviation over the seeds, by way and count."""
+    rows = ["| way | weights left (at most) | × | error %, mean ± sd | lowest, highest | shape, seed 0 | seeds |"]
+    rows.append("|---|---|---|---|---|---|---|")
+    for way in dict.fromkeys(row["way"] for row in record):
+        for count in sorted({row["count"] for row in record if row["way"] == way}, reverse=True):
+            found = [row for row in record if (row["way"], row["count"]) == (way, count)]
+            errors = [row["error"] for row in found]
+            spread = f" ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else ""
+            most = max(row["left"] for row in found)
+            cells = [way, f"{most:,}", f"{WEIGHTS / most:.0f}", f"{statistics.mean(errors):.2f}{spread}"]
+            cells += [f"{min(errors):.2f}, {max(errors):.2f}", found[0]["shape"], f"{len(errors)}"]
+            rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def plotted(record: list[dict[str, Any]], file: Path) -> None:
+    """Accuracy over weights left, with the range of the seeds."""
+    curves, dense = {}, [100 - row["error"] for row in record if row["way"] == "dense"]
+    for way in dict.fromkeys(row["way"] for row in record if row["way"] != "dense"):
+        rows = [row for row in record if row["way"] == way]
+        by_count = [[row for row in rows if row["count"] == count] for count in sorted({row["count"] for row in rows})]
+        least = min(map(len, by_count))  # of an interrupted run
+        zeros = [[1 - row["left"] / WEIGHTS for row in found[:least]] for found in by_count]
+        curves[way] = (zeros, [[100 - row["error"] for row in found[:least]] for found in by_count])
+    figure = tr.plots.frontier(curves, reference={"dense": dense} if dense else None, score="test accuracy %")
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="one seed of L0 under ProxAdam")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), help="which (default: all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
+    parser.add_argument("--validation", action="store_true", help="judge by 10,000 of the training images")
+    parser.add_argument("--json", type=Path, help="write every result here, and go on from what is there")
+    parser.add_argument("--plot", type=Path, help="write the plot here")
+    options = parser.parse_args()
+    ways = options.ways or (["L0, ProxAdam"] if options.short else list(WAYS))
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    x, y, x_test, y_test, source = mnist_data.load()
+    if x.shape[1] != 784:
+        raise SystemExit(f"{source}, which are not 28×28; set TORCHREG_DATA to a folder with MNIST")
+    data, test = (x, y), (x_test, y_test)
+    if options.validation:
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
+        data, test = (x[order[10_000:]], y[order[10_000:]]), (x[order[:10_000]], y[order[:10_000]])
+    record = json.loads(options.json.read_text("utf-8")) if options.json and options.json.exists() else []
+    for seed in [0] if options.short else options.seeds:
+        for way in ways:
+            if any((row["way"], row["seed"]) == (way, seed) for row in record):
+                continue
+            torch.manual_seed(seed)
+            model, began = lenet(), time.perf_counter()
+            optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
+            for _ in train(model, optimizer, data, DENSE):
+                pass
+            networks = WAYS[way](model, data)
+            rows = [{"way": way, "seed": seed, "count": count, **refitted(net, data, test)} for count, net in networks]
+            for row in rows:
+                print(f"{row}, {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+            record += rows
+            if options.json:
+                options.json.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    print(f"{source}\n\n{table(record)}\n\ntorch {torch.__version__}")
+    if options.plot:
+        plotted(record, options.plot)
+
+
+if __name__ == "__main__":
+    main()
