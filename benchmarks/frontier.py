@@ -46,7 +46,6 @@ BATCH, NOISE, LR = 256, 0.15, 2e-3
 DENSE, DOWN, REFIT = 4, 80, 30  # epochs
 
 Data = tuple[Tensor, Tensor]
-State = dict[str, Tensor]
 Networks = Iterator[tuple[int, nn.Sequential]]
 
 
@@ -104,11 +103,11 @@ def copied(model: nn.Sequential) -> nn.Sequential:
 # ---------------------------------------------------------------------- ways down: each count, with a network of it
 
 
-def passed(model: nn.Sequential, counts: list[int]) -> Iterator[int]:
-    """The counts that have been reached, each once."""
+def reached(model: nn.Sequential, counts: list[int]) -> Networks:
+    """The counts that the model has come down to, each once."""
     now = left(model)
     while counts and now <= counts[0]:
-        yield counts.pop(0)
+        yield counts.pop(0), copied(model)
 
 
 def l0(model: nn.Sequential, data: Data) -> Networks:
@@ -121,8 +120,7 @@ def l0(model: nn.Sequential, data: Data) -> Networks:
     for step in train(model, optimizer, data, DOWN):
         schedule.step()
         if step % 25 == 0:
-            for count in passed(model, counts):
-                yield count, copied(model)
+            yield from reached(model, counts)
         if not counts:
             return
 
@@ -169,8 +167,7 @@ def by_torchao(model: nn.Sequential, data: Data) -> Networks:
     for step in train(model, optimizer, data, DOWN):
         optimizer.param_groups[0]["reg_lambda"] = 1e-2 * 200 ** (step / steps)
         if step % 25 == 0:
-            for count in passed(model, counts):
-                yield count, copied(model)
+            yield from reached(model, counts)
         if not counts:
             return
 

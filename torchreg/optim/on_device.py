@@ -12,7 +12,6 @@ from torch.optim import SGD, Optimizer
 
 from torchreg.kernels import choice
 from torchreg.kernels.soft import Soft, is_dense, matches
-from torchreg.kernels.steps import Tables
 from torchreg.optim.one_pass import FREE, NO_KEY, Group, OnePass, Rows, State, _settings, _soft, with_gradients
 from torchreg.optim.rounding import NARROW, Rounding
 from torchreg.optim.step_sizes import Followed, _number
@@ -132,7 +131,7 @@ class OnDevice:
         every = list(zip(groups, parameters, softs, asked, strict=True))
         if not all(self._takes(kernels, optimizer, *each, device, rounding) for each in every):
             return None
-        rows = Rows(parameters, states, settings, asked, [], [], [], [], [], [], [], Tables())
+        rows = Rows(parameters, states, settings, asked)
         numbers: list[Any] = []
         counts: list[tuple[int, Tensor]] = []
         for i, (group, parameter, soft, x) in enumerate(every):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,14 +51,14 @@ class Rows:
     states: list[Any]
     settings: list[Any]
     asked: list[Any]
-    softs: list[Soft]
-    lrs: list[float]
-    slots: list[tuple[State, str, Tensor]]
-    memory: list[Tensor]
-    pointers: list[int]
-    layouts: list[Layout]
-    units: list[tuple[int, State, tuple[float, float, float, float]]]
-    tables: Tables
+    softs: list[Soft] = field(default_factory=list)
+    lrs: list[float] = field(default_factory=list)
+    slots: list[tuple[State, str, Tensor]] = field(default_factory=list)
+    memory: list[Tensor] = field(default_factory=list)
+    pointers: list[int] = field(default_factory=list)
+    layouts: list[Layout] = field(default_factory=list)
+    units: list[tuple[int, State, tuple[float, float, float, float]]] = field(default_factory=list)
+    tables: Tables = field(default_factory=Tables)
 
     def stand(self, parameters: list[Tensor], states: list[Any], settings: list[Any]) -> bool:
         """The step is still one of the same tensors under the same settings."""
@@ -200,7 +200,7 @@ class OnePass(ABC):
         softs = [_soft(x) for x in asked]
         if all(soft is not None and soft.l1 == soft.l2 == 0 for soft in softs):
             return None  # the stock step, bit for bit
-        rows = Rows(parameters, states, settings, asked, [], [], [], [], [], [], [], Tables())
+        rows = Rows(parameters, states, settings, asked)
         numbers = []
         for i, (group, parameter, soft) in enumerate(zip(groups, parameters, softs, strict=True)):
             state = optimizer.state.get(parameter, {})
