@@ -169,6 +169,22 @@ def test_after_compiled_steps_the_optimizer_goes_on_uncompiled(backend: str) -> 
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [tr.optim.ProxSGD, tr.optim.ProxAdam])
+def test_a_compiled_step_of_bfloat16_weights_rounds_as_one_that_is_not(kind: Any) -> None:
+    found = []
+    for compiled in (True, False):
+        model = nn.Linear(30, 20).bfloat16()
+        nn.init.normal_(model.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+        optimizer = kind(model.parameters(), lr=0.01, regularizer=tr.Regularizer(model, tr.L1(0.5)))
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
+        for _ in range(3):
+            model.weight.grad, model.bias.grad = 0.1 * model.weight.detach(), torch.zeros_like(model.bias)
+            step()
+        found.append(model.weight.detach())
+    assert torch.equal(*found)
+    assert (found[0] == 0).any()
+
+
 def test_a_disabled_regularizer_is_seen_by_a_compiled_step() -> None:
     model = model_of_all()
     reg = tr.Regularizer(model, tr.L1(1e3))

@@ -223,6 +223,26 @@ def test_narrow_weights_are_computed_in_float32_and_rounded_once(
 
 
 @needs_kernels
+def test_the_count_that_random_bits_leave_behind_is_no_momentum(
+    served: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("TORCHREG_BACKEND", backend)
+        model, _, optimizer = made(tr.optim.ProxSGD, L1, torch.bfloat16, of=Small, momentum=0.9, fused=True)
+        for t in range(4):
+            if t == 2:
+                optimizer.rounding = tr.optim.NearestRounding()
+            give_gradients(model, t)
+            optimizer.step()
+        found.append([w.detach() for w in model.parameters()])
+    assert served[-2:] == ["triton", "triton"]
+    for w, v in zip(*found, strict=True):
+        torch.testing.assert_close(w, v, rtol=2 * torch.finfo(torch.bfloat16).eps, atol=2e-3)
+    assert (found[1][0] == 0).any()
+
+
+@needs_kernels
 @pytest.mark.parametrize(("kind", "settings"), [SETTINGS[0], SETTINGS[4], SETTINGS[8]], ids=str)
 def test_a_run_has_the_zeros_and_weights_of_the_stock_code(
     kind: Any, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
