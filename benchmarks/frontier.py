@@ -28,7 +28,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,25 +40,49 @@ import torchreg as tr
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import mnist_data
 
-WEIGHTS = 266_200
-COUNTS = (13_310, 6_338, 3_060, 2_662)  # 20, 42, 87 and 100 times fewer
 BATCH, NOISE, LR = 256, 0.15, 2e-3
-DENSE, DOWN, REFIT = 4, 80, 30  # epochs
 
 Data = tuple[Tensor, Tensor]
 Networks = Iterator[tuple[int, nn.Sequential]]
 
 
-def lenet() -> nn.Sequential:
+def lenet_300_100() -> nn.Sequential:
     return nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
 
 
-def linears(model: nn.Module) -> list[nn.Linear]:
-    return [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+def lenet_5() -> nn.Sequential:
+    first, second = nn.Conv2d(1, 6, 5, padding=2), nn.Conv2d(6, 16, 5)
+    features = [nn.Unflatten(1, (1, 28, 28)), first, nn.ReLU(), nn.MaxPool2d(2), second, nn.ReLU(), nn.MaxPool2d(2)]
+    linears = [nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)]
+    return nn.Sequential(*features, nn.Flatten(), *linears)
+
+
+class Course(NamedTuple):
+    """A network, the counts that each way comes down to, and the epochs of each part."""
+
+    network: Callable[[], nn.Sequential]
+    counts: tuple[int, ...]
+    dense: int
+    down: int
+    refit: int
+
+
+COURSES = {
+    "LeNet-300-100": Course(lenet_300_100, counts=(13_310, 6_338, 3_060, 2_662), dense=4, down=80, refit=30),
+    "LeNet-5": Course(lenet_5, counts=(6_147, 3_073, 1_536), dense=2, down=20, refit=6),
+}
+
+
+def layers_of(model: nn.Module) -> list[Any]:
+    return [layer for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+
+
+def size(model: nn.Module) -> int:
+    return sum(layer.weight.numel() for layer in layers_of(model))
 
 
 def left(model: nn.Module) -> int:
-    return sum(int(layer.weight.count_nonzero()) for layer in linears(model))
+    return sum(int(layer.weight.count_nonzero()) for layer in layers_of(model))
 
 
 @torch.no_grad()
@@ -92,9 +116,9 @@ def train(model: nn.Module, optimizer: Any, data: Data, epochs: int, penalty: An
 
 
 @torch.no_grad()
-def copied(model: nn.Sequential) -> nn.Sequential:
-    twin = lenet()
-    for copy, layer in zip(linears(twin), linears(model), strict=True):
+def copied(model: nn.Sequential, network: Callable[[], nn.Sequential]) -> nn.Sequential:
+    twin = network()
+    for copy, layer in zip(layers_of(twin), layers_of(model), strict=True):
         copy.weight.copy_(layer.weight)
         copy.bias.copy_(layer.bias)
     return twin
@@ -103,103 +127,107 @@ def copied(model: nn.Sequential) -> nn.Sequential:
 # ---------------------------------------------------------------------- ways down: each count, with a network of it
 
 
-def reached(model: nn.Sequential, counts: list[int]) -> Networks:
+def reached(model: nn.Sequential, counts: list[int], course: Course) -> Networks:
     """The counts that the model has come down to, each once."""
     now = left(model)
     while counts and now <= counts[0]:
-        yield counts.pop(0), copied(model)
+        yield counts.pop(0), copied(model, course.network)
 
 
-def l0(model: nn.Sequential, data: Data) -> Networks:
-    """λ rises geometrically: to 6e-3 in 12 epochs, where some 15,000 weights are left, and slowly from there on."""
+def l0(model: nn.Sequential, data: Data, course: Course) -> Networks:
+    """λ rises geometrically: fast to 6e-3, where LeNet-300-100 has some 15,000 weights, and slowly from there on."""
     reg = tr.Regularizer(model, tr.L0(1e-4))
     optimizer = tr.optim.ProxAdam(model.parameters(), lr=LR, regularizer=reg)
-    fast, slow = steps_of(data, 12), steps_of(data, DOWN - 12)
-    curve = tr.schedules.Chain(tr.schedules.Geometric(1, 60, steps=fast), tr.schedules.Geometric(60, 1800, steps=slow))
-    schedule, counts = tr.Schedule(reg, curve), list(COUNTS)
-    for step in train(model, optimizer, data, DOWN):
+    steps = steps_of(data, course.down)
+    fast = round(0.15 * steps)
+    curve = tr.schedules.Chain(
+        tr.schedules.Geometric(1, 60, steps=fast), tr.schedules.Geometric(60, 1800, steps=steps - fast)
+    )
+    schedule, counts = tr.Schedule(reg, curve), list(course.counts)
+    for step in train(model, optimizer, data, course.down):
         schedule.step()
         if step % 25 == 0:
-            yield from reached(model, counts)
+            yield from reached(model, counts, course)
         if not counts:
             return
 
 
-def l1_then_l0(model: nn.Sequential, data: Data) -> Networks:
+def l1_then_l0(model: nn.Sequential, data: Data, course: Course) -> Networks:
     """L1 in the loss takes the neurons: some 50 and 40 of them are left. L0 takes the weights of those, while a third
     of the L1 keeps the neurons out.
     """
-    weights = [layer.weight for layer in linears(model)]
+    weights = [layer.weight for layer in layers_of(model)]
     reg = tr.Regularizer(model, tr.L0(1e-5))
     optimizer = tr.optim.ProxAdam(model.parameters(), lr=LR, regularizer=reg)
     with reg.disabled():
-        for _ in train(model, optimizer, data, DOWN, lambda: 1e-4 * sum(w.abs().sum() for w in weights)):
+        for _ in train(model, optimizer, data, course.down, lambda: 1e-4 * sum(w.abs().sum() for w in weights)):
             pass
-    schedule = tr.Schedule(reg, tr.schedules.Geometric(1, 4000, steps=steps_of(data, DOWN // 2)))
-    counts = list(COUNTS)
-    for step in train(model, optimizer, data, DOWN // 2, lambda: 3e-5 * sum(w.abs().sum() for w in weights)):
+    schedule = tr.Schedule(reg, tr.schedules.Geometric(1, 4000, steps=steps_of(data, course.down // 2)))
+    counts = list(course.counts)
+    for step in train(model, optimizer, data, course.down // 2, lambda: 3e-5 * sum(w.abs().sum() for w in weights)):
         schedule.step()
         if step % 25 == 0:
-            yield from reached(model, counts)
+            yield from reached(model, counts, course)
         if not counts:
             return
 
 
-def by_magnitude(model: nn.Sequential, data: Data) -> Networks:
-    layers = [(layer, "weight") for layer in linears(model)]
+def by_magnitude(model: nn.Sequential, data: Data, course: Course) -> Networks:
+    layers = [(layer, "weight") for layer in layers_of(model)]
     for layer, name in layers:
         prune.identity(layer, name)
     optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
-    steps, counts, now = steps_of(data, DOWN), list(COUNTS), WEIGHTS
-    for step in train(model, optimizer, data, DOWN):
+    weights = now = size(model)
+    steps, counts = steps_of(data, course.down), list(course.counts)
+    for step in train(model, optimizer, data, course.down):
         if step % 50 == 0 or step == steps:
-            wanted = round(WEIGHTS * (COUNTS[-1] / WEIGHTS) ** (1 - (1 - step / steps) ** 1.5))
+            wanted = round(weights * (course.counts[-1] / weights) ** (1 - (1 - step / steps) ** 1.5))
             prune.global_unstructured(layers, prune.L1Unstructured, amount=now - wanted)
             now = wanted
             if counts and now <= counts[0]:
-                yield counts.pop(0), copied(model)
+                yield counts.pop(0), copied(model, course.network)
 
 
-def l1_in_the_loss(model: nn.Sequential, data: Data) -> Networks:
-    weights = [layer.weight for layer in linears(model)]
+def l1_in_the_loss(model: nn.Sequential, data: Data, course: Course) -> Networks:
+    weights = [layer.weight for layer in layers_of(model)]
     optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
-    for _ in train(model, optimizer, data, DOWN, lambda: 1e-4 * sum(w.abs().sum() for w in weights)):
+    for _ in train(model, optimizer, data, course.down, lambda: 1e-4 * sum(w.abs().sum() for w in weights)):
         pass
-    for count in COUNTS:
-        network = copied(model)
+    for count in course.counts:
+        network = copied(model, course.network)
         with torch.no_grad():
-            cut = torch.cat([layer.weight.abs().flatten() for layer in linears(network)]).topk(count).values[-1]
-            for layer in linears(network):
+            cut = torch.cat([layer.weight.abs().flatten() for layer in layers_of(network)]).topk(count).values[-1]
+            for layer in layers_of(network):
                 layer.weight[layer.weight.abs() < cut] = 0
         yield count, network
 
 
-def by_torchao(model: nn.Sequential, data: Data) -> Networks:
+def by_torchao(model: nn.Sequential, data: Data, course: Course) -> Networks:
     logging.disable(logging.WARNING)  # at import
     warnings.filterwarnings("ignore", module="torchao")
     from torchao.prototype.pat.optim import PruneOptimizer
 
-    weights = [layer.weight for layer in linears(model)]
+    weights = [layer.weight for layer in layers_of(model)]
     group = {"params": weights, "group_type": "ElemGrouper", "prox_type": "ProxLasso", "reg_lambda": 1e-2}
-    biases = {"params": [layer.bias for layer in linears(model)]}
+    biases = {"params": [layer.bias for layer in layers_of(model)]}
     optimizer = PruneOptimizer(torch.optim.Adam([group, biases], lr=LR, fused=True))
-    steps, counts = steps_of(data, DOWN), list(COUNTS)
-    for step in train(model, optimizer, data, DOWN):
+    steps, counts = steps_of(data, course.down), list(course.counts)
+    for step in train(model, optimizer, data, course.down):
         optimizer.param_groups[0]["reg_lambda"] = 1e-2 * 200 ** (step / steps)
         if step % 25 == 0:
-            yield from reached(model, counts)
+            yield from reached(model, counts, course)
         if not counts:
             return
 
 
-def dense(model: nn.Sequential, data: Data) -> Networks:
+def dense(model: nn.Sequential, data: Data, course: Course) -> Networks:
     """As long a training, of all weights."""
-    for _ in train(model, torch.optim.Adam(model.parameters(), lr=LR, fused=True), data, DOWN):
+    for _ in train(model, torch.optim.Adam(model.parameters(), lr=LR, fused=True), data, course.down):
         pass
-    yield WEIGHTS, model
+    yield size(model), model
 
 
-WAYS: dict[str, Callable[[nn.Sequential, Data], Networks]] = {
+WAYS: dict[str, Callable[[nn.Sequential, Data, Course], Networks]] = {
     "dense": dense,
     "L0, ProxAdam": l0,
     "L1, then L0": l1_then_l0,
@@ -214,8 +242,8 @@ WAYS: dict[str, Callable[[nn.Sequential, Data], Networks]] = {
 @torch.no_grad()
 def compacted(model: nn.Sequential) -> tuple[nn.Sequential, Tensor]:
     """The same function of the pixels that are read, without the units that none reads or feeds; and those pixels."""
-    model = copied(model)
-    layers = linears(model)
+    model = copied(model, lenet_300_100)
+    layers = layers_of(model)
     for _ in layers:  # a unit that goes takes others along, a layer further each time
         for layer, after in itertools.pairwise(layers):
             layer.weight[~(after.weight != 0).any(0)] = 0
@@ -224,7 +252,7 @@ def compacted(model: nn.Sequential) -> tuple[nn.Sequential, Tensor]:
             after.weight[:, constant] = 0
     inputs = [(layer.weight != 0).any(0) for layer in layers]
     outputs = [*inputs[1:], torch.ones(10, dtype=torch.bool)]
-    small = lenet()
+    small = lenet_300_100()
     for place, layer, read, fed in zip((0, 2, 4), layers, inputs, outputs, strict=True):
         kept = nn.Linear(int(read.sum()), int(fed.sum()))
         kept.weight.copy_(layer.weight[fed][:, read])
@@ -233,17 +261,18 @@ def compacted(model: nn.Sequential) -> tuple[nn.Sequential, Tensor]:
     return small, inputs[0]
 
 
-def refitted(model: nn.Sequential, data: Data, test: Data) -> dict[str, Any]:
+def refitted(model: nn.Sequential, data: Data, test: Data, course: Course) -> dict[str, Any]:
     """The error of what is left after a refit with its zeros frozen, at the final epoch."""
     start = error(model, test)
-    network, pixels = compacted(model)
+    every = torch.ones(784, dtype=torch.bool)
+    network, pixels = compacted(model) if course.network is lenet_300_100 else (model, every)
     seen, unseen = ((images[:, pixels], labels) for images, labels in (data, test))
     optimizer = torch.optim.Adam(network.parameters(), lr=1.5 * LR, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps_of(data, REFIT))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps_of(data, course.refit))
     with tr.freeze_zeros(tr.Regularizer(network, tr.L0(0.0)), optimizer):
-        for _ in train(network, optimizer, seen, REFIT):
+        for _ in train(network, optimizer, seen, course.refit):
             schedule.step()
-    shape = "-".join(str(layer.in_features) for layer in linears(network))
+    shape = "-".join(str(int(layer.weight.transpose(0, 1).flatten(1).any(1).sum())) for layer in layers_of(network))
     return {
         "left": left(network),
         "error": error(network, unseen),
@@ -253,7 +282,7 @@ def refitted(model: nn.Sequential, data: Data, test: Data) -> dict[str, Any]:
     }
 
 
-def table(record: list[dict[str, Any]]) -> str:
+def table(record: list[dict[str, Any]], weights: int) -> str:
     """Mean ± standard deviation over the seeds, by way and count."""
     rows = ["| way | weights left (at most) | × | error %, mean ± sd | lowest, highest | shape, seed 0 | seeds |"]
     rows.append("|---|---|---|---|---|---|---|")
@@ -263,20 +292,20 @@ def table(record: list[dict[str, Any]]) -> str:
             errors = [row["error"] for row in found]
             spread = f" ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else ""
             most = max(row["left"] for row in found)
-            cells = [way, f"{most:,}", f"{WEIGHTS / most:.0f}", f"{statistics.mean(errors):.2f}{spread}"]
+            cells = [way, f"{most:,}", f"{weights / most:.0f}", f"{statistics.mean(errors):.2f}{spread}"]
             cells += [f"{min(errors):.2f}, {max(errors):.2f}", found[0]["shape"], f"{len(errors)}"]
             rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
-def plotted(record: list[dict[str, Any]], file: Path) -> None:
+def plotted(record: list[dict[str, Any]], weights: int, file: Path) -> None:
     """Accuracy over weights left, with the range of the seeds."""
     curves, dense = {}, [100 - row["error"] for row in record if row["way"] == "dense"]
     for way in dict.fromkeys(row["way"] for row in record if row["way"] != "dense"):
         rows = [row for row in record if row["way"] == way]
         by_count = [[row for row in rows if row["count"] == count] for count in sorted({row["count"] for row in rows})]
         least = min(map(len, by_count))  # of an interrupted run
-        zeros = [[1 - row["left"] / WEIGHTS for row in found[:least]] for found in by_count]
+        zeros = [[1 - row["left"] / weights for row in found[:least]] for found in by_count]
         curves[way] = (zeros, [[100 - row["error"] for row in found[:least]] for found in by_count])
     figure = tr.plots.frontier(curves, reference={"dense": dense} if dense else None, score="test accuracy %")
     figure.savefig(file, dpi=150)
@@ -285,12 +314,14 @@ def plotted(record: list[dict[str, Any]], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="one seed of L0 under ProxAdam")
+    parser.add_argument("--network", choices=list(COURSES), default="LeNet-300-100")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), help="which (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument("--validation", action="store_true", help="judge by 10,000 of the training images")
     parser.add_argument("--json", type=Path, help="write every result here, and go on from what is there")
     parser.add_argument("--plot", type=Path, help="write the plot here")
     options = parser.parse_args()
+    course = COURSES[options.network]
     ways = options.ways or (["L0, ProxAdam"] if options.short else list(WAYS))
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
@@ -308,21 +339,21 @@ def main() -> None:
                 continue
             rows = []
             torch.manual_seed(seed)
-            model, began = lenet(), time.perf_counter()
+            model, began = course.network(), time.perf_counter()
             optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
-            for _ in train(model, optimizer, data, DENSE):
+            for _ in train(model, optimizer, data, course.dense):
                 pass
-            networks = WAYS[way](model, data)
+            networks = WAYS[way](model, data, course)
             for count, network in networks:
-                row = {"way": way, "seed": seed, "count": count, **refitted(network, data, test)}
+                row = {"way": way, "seed": seed, "count": count, **refitted(network, data, test, course)}
                 print(f"{row}, {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
                 rows.append(row)
             record += rows
             if options.json:
                 options.json.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    print(f"{source}\n\n{table(record)}\n\ntorch {torch.__version__}")
+    print(f"{source}\n\n{table(record, size(course.network()))}\n\ntorch {torch.__version__}")
     if options.plot:
-        plotted(record, options.plot)
+        plotted(record, size(course.network()), options.plot)
 
 
 if __name__ == "__main__":
