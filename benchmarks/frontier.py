@@ -153,23 +153,18 @@ def l0(model: nn.Sequential, data: Data, course: Course) -> Networks:
 
 
 def l1_then_l0(model: nn.Sequential, data: Data, course: Course) -> Networks:
-    """L1 in the loss takes the neurons: some 50 and 40 of them are left. L0 takes the weights of those, while a third
-    of the L1 keeps the neurons out.
-    """
-    weights = [layer.weight for layer in layers_of(model)]
-    reg = tr.Regularizer(model, tr.L0(1e-5))
-    optimizer = tr.optim.ProxAdam(model.parameters(), lr=LR, regularizer=reg)
-    with reg.disabled():
-        for _ in train(model, optimizer, data, course.down, lambda: 1e-4 * sum(w.abs().sum() for w in weights)):
-            pass
-    schedule = tr.Schedule(reg, tr.schedules.Geometric(1, 4000, steps=steps_of(data, course.down // 2)))
-    counts = list(course.counts)
-    for step in train(model, optimizer, data, course.down // 2, lambda: 3e-5 * sum(w.abs().sum() for w in weights)):
-        schedule.step()
-        if step % 25 == 0:
-            yield from reached(model, counts, course)
-        if not counts:
-            return
+    """`tr.recipes.l1_then_l0`: L1 takes the neurons, L0 then takes the weights of those that are left."""
+    epoch, counts = steps_of(data, 1), list(course.counts)
+    for penalty, recipe in tr.recipes.l1_then_l0(epoch * course.down // 80):
+        reg = tr.Regularizer(model, penalty)
+        stage = next(stage for stage in recipe if isinstance(stage, tr.Regularize))  # all ways share the others
+        optimizer = tr.optim.ProxAdam(model.parameters(), lr=LR, regularizer=reg)
+        with stage.on(reg, optimizer):
+            training = train(model, optimizer, data, stage.steps // epoch + 1)
+            for step, _ in zip(range(stage.steps), training, strict=False):
+                if isinstance(penalty, tr.L0) and step % 25 == 0:
+                    yield from reached(model, counts, course)
+        optimizer.attachment.remove()
 
 
 def by_magnitude(model: nn.Sequential, data: Data, course: Course) -> Networks:

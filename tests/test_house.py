@@ -45,6 +45,7 @@ ORDER = [
     "paths",
     "cross_validation",
     "stages",
+    "recipes",
     "compaction",
     "plots",
     "monitor",

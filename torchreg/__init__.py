@@ -9,6 +9,7 @@ optimizer = tr.optim.ProxAdam(model.parameters(), lr=1e-3, regularizer=reg)     
 from torchreg import functional as functional
 from torchreg import optim as optim
 from torchreg import plots as plots
+from torchreg import recipes as recipes
 from torchreg import schedules as schedules
 from torchreg import testing as testing
 from torchreg.certificates import Stationarity as Stationarity
