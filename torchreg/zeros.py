@@ -287,8 +287,8 @@ def copy_zeros_(regularizer: Regularizer, model: nn.Module) -> None:
 
     A mean of iterates (SWA, EMA) is 0 only where all of them were. The last proximal iterate knows the support: where
     that holds the solution's, each weight of the average comes nearer to the solution or stays. Call it before each
-    evaluation of the average, and before `update_bn`; averaging may go on from there. Where the regularizer pulls toward
-    w₀, the weights that are exactly w₀ are copied.
+    evaluation of the average, and before `update_bn`; averaging may go on from there. Where the regularizer pulls
+    toward w₀, the weights that are exactly w₀ are copied.
 
     Args:
         regularizer: selects the parameters; its model has been trained with a prox.
@@ -317,8 +317,8 @@ def copy_zeros_(regularizer: Regularizer, model: nn.Module) -> None:
         shape = tuple(bound.parameter().shape)
         if bound.name not in places:
             raise ValueError(
-                f"{type(model).__name__} has no {bound.name}, which the regularizer selects; pass a copy or an average of "
-                "the regularizer's model (of a wrapper of one's own, its inner module)"
+                f"{type(model).__name__} has no {bound.name}, which the regularizer selects; pass a copy or an average "
+                "of the regularizer's model (of a wrapper of one's own, its inner module)"
             )
         if (other := tuple(places[bound.name].parameter.shape)) != shape:
             raise ValueError(f"{bound.name} has shape {other} in what is given and {shape} in the regularizer's model")
