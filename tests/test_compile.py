@@ -73,6 +73,40 @@ def test_it_is_one_graph_and_does_not_recompile_when_strengths_change(route: str
         torch.testing.assert_close(gradients(model, compiled), gradients(model, step))
 
 
+@pytest.mark.parametrize("route", ["loss + reg()", "RegularizedLoss"])
+def test_batches_of_any_size_share_a_dynamic_graph_while_a_schedule_moves_the_strength(route: str) -> None:
+    model = model_of_all()
+    reg = tr.Regularizer(model, RULES)
+    schedule = tr.Schedule(reg, tr.schedules.Linear(0, 1, steps=8))
+    step = steps(model, reg)[route]
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for n in (8, 12):  # at the second size torch makes it dynamic
+        compiled(*batch(n=n))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n in (5, 7, 20):
+            schedule.step()
+            torch.testing.assert_close(compiled(*batch(n=n)), step(*batch(n=n)))
+
+
+def test_a_schedule_that_starts_at_zero_is_one_compiled_step() -> None:
+    found = []
+    for compiling in (True, False):
+        model = model_of_all()
+        reg = tr.Regularizer(model, tr.L1(0.5))
+        schedule = tr.Schedule(reg, tr.schedules.Linear(0, 1, steps=3))
+        optimizer = tr.optim.ProxAdam(model.parameters(), lr=torch.tensor(0.05), regularizer=reg)
+        step = torch.compile(optimizer.step, backend="aot_eager", fullgraph=True) if compiling else optimizer.step
+        stepped(model, optimizer, step, 1)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for _ in range(4):
+                schedule.step()
+                stepped(model, optimizer, step, 1)
+        found.append([w.detach() for w in model.parameters()])
+    assert any((w == 0).any() for w in found[0])
+    for w, expected in zip(*found, strict=True):
+        torch.testing.assert_close(w, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_the_parts_of_a_compiled_loss_are_read_as_ever() -> None:
     model = model_of_all()
     reg = tr.Regularizer(model, RULES)

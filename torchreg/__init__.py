@@ -63,6 +63,7 @@ from torchreg.terms import Term as Term
 from torchreg.zeros import FrozenZeros as FrozenZeros
 from torchreg.zeros import LayerSparsity as LayerSparsity
 from torchreg.zeros import Sparsity as Sparsity
+from torchreg.zeros import copy_zeros_ as copy_zeros_
 from torchreg.zeros import freeze_zeros as freeze_zeros
 from torchreg.zeros import sparsity as sparsity
 

@@ -67,6 +67,8 @@ def state(value: object, names: Sequence[str]) -> Mapping[str, Any]:
 def step(value: object, shape: torch.Size) -> Step:
     """`value` as a prox step for weights of `shape`. Reads a tensor, so it may synchronize with its device.
 
+    Under a transformation of `torch.func` there are no entries to read, so there they are taken on trust.
+
     >>> step(-0.1, torch.Size([3]))
     Traceback (most recent call last):
     ...
@@ -86,7 +88,7 @@ def step(value: object, shape: torch.Size) -> Step:
             "pass a number, or one step per weight"
         )
     fine = (value >= 0) & value.isfinite()
-    if not value.is_meta and not bool(fine.all()):
+    if not value.is_meta and not is_transformed() and not bool(fine.all()):
         raise ValueError(
             f"step has the entry {value[~fine][0].item()}; every entry must be finite and at least 0: "
             "pass the learning rate, or a tensor of steps"
@@ -110,6 +112,11 @@ def widened(w: Tensor) -> Tensor:
     if w.dtype in (torch.float32, torch.float64, torch.complex64, torch.complex128):
         return w
     return w.to(torch.complex64 if w.is_complex() else torch.float32)
+
+
+def is_transformed() -> bool:
+    """This runs under `vmap`, `grad` or another transformation of `torch.func`, which stands in for the tensors."""
+    return bool(torch._C._are_functorch_transforms_active())
 
 
 def is_sharded(w: Tensor) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchreg.checks import Step
+from torchreg.checks import Step, is_transformed
 
 
 def soft_threshold(w: Tensor, threshold: Step) -> Tensor:
@@ -33,7 +33,7 @@ def soft_threshold(w: Tensor, threshold: Step) -> Tensor:
         return w * (kept / torch.where(modulus > 0, modulus, 1)) + 0.0
     if isinstance(threshold, Tensor):
         low = -threshold
-        if torch.is_grad_enabled() or low.shape != w.shape or low.dtype != w.dtype:
+        if torch.is_grad_enabled() or low.shape != w.shape or low.dtype != w.dtype or is_transformed():
             return w - torch.clamp(w, low, threshold)
         # In one buffer: a CPU pays for fresh memory in page faults, more than for the arithmetic.
         return torch.sub(w, torch.clamp(w, low, threshold, out=low), out=low)
@@ -166,11 +166,12 @@ def _kept_in_diagonal_metric(modulus: Tensor, threshold: Tensor, dim: tuple[int,
         return norm, radius + (norm - 1) * square / slope
 
     with torch.no_grad():
-        # Two buffers for all steps: in fresh memory a CPU takes page faults, which cost more than the arithmetic.
-        a = modulus - threshold
-        b = modulus * a
         # ‖u‖ is no less than that of the soft threshold; from there on every |w|/(r + t) is at most 1.
-        low = a.clamp_(min=0).square_().sum(dim, keepdim=True).sqrt()
+        above = (modulus - threshold).relu_()
+        low = above.mul_(above).sum(dim, keepdim=True).sqrt()
+        # Two buffers for all steps: in fresh memory a CPU takes page faults, which cost more than the arithmetic.
+        # vmap cannot write into memory that is given.
+        a, b = (None, None) if is_transformed() else (above, torch.empty_like(above))
         high = torch.mul(modulus, modulus, out=b).sum(dim, keepdim=True).sqrt()
         norm, bound = newton(low, a, b)
         zero = (low == 0) & (norm <= 1)

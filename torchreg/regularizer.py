@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -133,15 +134,27 @@ class Regularizer:
         self._settle()
         return self._model
 
-    def __call__(self) -> Tensor:
+    def __call__(self, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Σ of all terms: a 0-d tensor, float32 or wider, with a gradient for the parameters on the loss route.
 
+        Args:
+            parameters: other weights by name, instead of the model's: those given to `torch.func.functional_call`. The
+                gradient is theirs. Names that are not selected are passed over.
         Raises:
+            ValueError: `parameters` lacks a selected one, or has it in another shape.
             RuntimeError: the model is no longer what the names were resolved in: a module was replaced, tensors were
                 tied or came apart, or a lazy module has not got its shape yet.
+
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> reg = Regularizer(layer, L1(0.5))
+        >>> torch.func.grad(reg)({"weight": torch.tensor([[2.0, -3.0]])})
+        {'weight': tensor([[ 0.5000, -0.5000]])}
         """
         bounds = self._current()
-        return _total([value for _, value in totals.values(self._items(bounds, by_term=False))], bounds[0])
+        given = None if parameters is None else _given(parameters, bounds)
+        if given is None and not torch.compiler.is_compiling() and checks.is_transformed():
+            self._warn_of_constants(bounds)
+        return _total([value for _, value in totals.values(self._items(bounds, False, given))], bounds[0])
 
     def components(self) -> dict[str, Tensor]:
         """The value of each term, by its key; they sum to `reg()`."""
@@ -244,7 +257,10 @@ class Regularizer:
             count = "" if lazy else str(parameter.numel())
             bound = next((bounds[name] for name in entry.names if name in bounds), None)
             if bound is None:
-                rows.append([entry.name, shape, count, "", "", "", self._why_not.get(entry.name, "not selected")])
+                why = self._why_not.get(entry.name, "not selected")
+                if why == "frozen" and parameter.requires_grad:
+                    why = "was frozen when the Regularizer was built"
+                rows.append([entry.name, shape, count, "", "", "", why])
                 continue
             penalty = bound.term.penalty.scaled(bound.scale)
             strengths = ", ".join(f"{name}={getattr(penalty, name):g}" for name in penalty.strengths)
@@ -519,19 +535,34 @@ class Regularizer:
 
     # ------------------------------------------------------------------ routes
 
-    def _items(self, bounds: list[Bound], by_term: bool) -> Iterator[totals.Item]:
-        """What counts now: the key of the term, or one for all, the parameter and its penalty."""
+    def _items(
+        self, bounds: list[Bound], by_term: bool, given: Sequence[Tensor] | None = None
+    ) -> Iterator[totals.Item]:
+        """What counts now: the key of the term, or one for all, the parameter or what is given, and its penalty."""
         if not self._enabled:
             return
         held = {id_ for route in self._live_routes() for id_ in route.held()}
         compiling = torch.compiler.is_compiling()
-        for bound in bounds:
+        for i, bound in enumerate(bounds):
             parameter = bound.parameter()
-            w = parameter.detach() if id(parameter) in held else parameter
+            w = parameter if given is None else given[i]
+            if id(parameter) in held:
+                w = w.detach()
             if compiling:
                 yield bound.term.key, w, bound.compiled_penalty(w)
             elif not bound.penalty.is_zero:
                 yield bound.term.key if by_term else "", w, bound.penalty
+
+    def _warn_of_constants(self, bounds: list[Bound]) -> None:
+        """Warns where `torch.func` transforms other tensors than the model's, for which the penalty is a constant."""
+        held = {id_ for route in self._live_routes() for id_ in route.held()}
+        live = [parameter for bound in bounds if id(parameter := bound.parameter()) not in held]
+        if self._enabled and live and all(torch._C._functorch.maybe_get_level(w) == -1 for w in live):
+            warnings.warn(
+                "reg() reads the model's own parameters, which torch.func does not transform here: the penalty has no "
+                "gradient. Pass those of functional_call: reg(parameters)",
+                stacklevel=3,
+            )
 
     def _live_routes(self) -> Iterator[Route]:
         """The attached optimizers. One that has died leaves its parameters to the loss route, said once."""
@@ -618,6 +649,29 @@ def _anchor(toward: Mapping[str, Tensor], selected: Selected, parameter: Tensor)
                 )
             return anchor
     raise ValueError(f"toward has no {selected.name}; exclude the parameter, or add it to the state dict")
+
+
+def _given(parameters: Mapping[str, Tensor], bounds: list[Bound]) -> list[Tensor]:
+    """The tensor that `parameters` has for each bound parameter."""
+    if not isinstance(parameters, Mapping):
+        raise TypeError(
+            f"parameters is a {type(parameters).__name__}; pass tensors by name: reg(dict(model.named_parameters()))"
+        )
+    state, found = _canonical(parameters), []
+    for bound in bounds:
+        w = next((state[name] for name in bound.selected.names if name in state), None)
+        shape = tuple(bound.parameter().shape)
+        if w is None:
+            raise ValueError(
+                f"parameters has no {bound.name}, which is selected; give all that functional_call gets, or exclude it"
+            )
+        if w.shape != shape:
+            raise ValueError(
+                f"parameters has {bound.name} in shape {tuple(w.shape)}, the model in {shape}; for a stack of models "
+                "call the regularizer under torch.vmap"
+            )
+        found.append(w)
+    return found
 
 
 def _edges(model: nn.Module) -> list[tuple[dict[str, nn.Module | None], str, nn.Module | None]]:

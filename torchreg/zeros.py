@@ -281,6 +281,56 @@ def freeze_zeros(regularizer: Regularizer, optimizer: Optimizer) -> FrozenZeros:
     return FrozenZeros(kept, optimizer)
 
 
+@torch.no_grad()
+def copy_zeros_(regularizer: Regularizer, model: nn.Module) -> None:
+    """Sets the weights of `model`, an average of the regularizer's model over time, to 0 where that one is exactly 0.
+
+    A mean of iterates (SWA, EMA) is 0 only where all of them were. The last proximal iterate knows the support: where
+    that holds the solution's, each weight of the average comes nearer to the solution or stays. Call it before each
+    evaluation of the average, and before `update_bn`; averaging may go on from there. Where the regularizer pulls
+    toward w₀, the weights that are exactly w₀ are copied.
+
+    Args:
+        regularizer: selects the parameters; its model has been trained with a prox.
+        model: has the same names and shapes, wrapped (`AveragedModel`) or not.
+    Raises:
+        TypeError: what is given is no regularizer or no model.
+        ValueError: `model` lacks a selected parameter, or has it in another shape; nothing has changed.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> average = torch.optim.swa_utils.AveragedModel(model)
+    >>> with torch.no_grad():
+    ...     _ = average.module.weight.copy_(torch.tensor([[0.5, 1e-3]]))
+    ...     _ = model.weight.copy_(torch.tensor([[0.75, 0.0]]))
+    >>> copy_zeros_(Regularizer(model, L1(1e-2)), average)
+    >>> average.module.weight.detach()
+    tensor([[0.5000, 0.0000]])
+    """
+    if not isinstance(regularizer, Regularizer):
+        raise TypeError(
+            f"expected a Regularizer, whose model has the zeros, got {type(regularizer).__name__}; "
+            "build one: Regularizer(model, L1(1e-4))"
+        )
+    bounds = regularizer._current()
+    places = {name: entry for entry in named_parameters(model) for name in entry.names}
+    for bound in bounds:
+        shape = tuple(bound.parameter().shape)
+        if bound.name not in places:
+            raise ValueError(
+                f"{type(model).__name__} has no {bound.name}, which the regularizer selects; pass a copy or an average "
+                "of the regularizer's model (of a wrapper of one's own, its inner module)"
+            )
+        if (other := tuple(places[bound.name].parameter.shape)) != shape:
+            raise ValueError(f"{bound.name} has shape {other} in what is given and {shape} in the regularizer's model")
+    for bound in bounds:
+        source, w = bound.parameter(), places[bound.name].parameter
+        if bound.anchor is None:
+            w.masked_fill_((source == 0).to(w.device), 0)
+        else:
+            anchor = bound.anchor.to(source)
+            w.copy_(torch.where((source == anchor).to(w.device), anchor.to(w), w))
+
+
 def count(alive: Tensor, owner: nn.Module | None = None) -> Tensor:
     """[zeros, inputs, dead inputs, neurons, dead neurons] of a weight, on its device.
 

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
+from torchreg import checks
 from torchreg.kernels.choice import native, triton
 from torchreg.kernels.native import DTYPES
 
@@ -36,7 +37,7 @@ def available() -> bool:
     return (
         not torch.compiler.is_compiling()  # first: a graph would break at what else is asked here
         and (native() is not None or triton() is not None)
-        and not torch._C._are_functorch_transforms_active()
+        and not checks.is_transformed()
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._get_tracing_state() is None
         and forward_ad._current_level < 0

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Adafactor, AdamW, Optimizer
+from torch.optim import SGD, Adafactor, Adagrad, AdamW, Optimizer
 
 from torchreg.checks import Step
 from torchreg.optim.rounding import NARROW
-from torchreg.optim.step_sizes import PIECE, Diagonal, StepSize, present_step, step_size_of
+from torchreg.optim.step_sizes import PIECE, STEP_SIZES, Diagonal, StepSize, present_step, step_size_of
 from torchreg.penalties import Penalty
 from torchreg.regularizer import Regularizer
 from torchreg.terms import Bound
@@ -308,7 +308,8 @@ class Attachment(Prox):
         if any(bound.name in before for bound in missing):
             raise RuntimeError(
                 f"{kind} holds a former tensor of {names}: the model's parameter was replaced (as load_state_dict"
-                "(assign=True), to_empty and parametrizations do). Build the optimizer again from model.parameters()"
+                "(assign=True), to_empty and parametrizations do). Build the optimizer again from model.parameters(); "
+                "inside torch.func.functional_call call reg(parameters) instead of reg()"
             )
         if missing and not self._partial:
             raise ValueError(
@@ -323,7 +324,14 @@ class Attachment(Prox):
                     f"{held[id_].name} already has its {other.describe()}, and twice is another penalty; take that off "
                     "first, with handle.remove(), optimizer.attachment.remove() or del optimizer"
                 )
+        dense_only = type(optimizer) in STEP_SIZES and not isinstance(optimizer, (SGD, Adagrad))
         for bound in held.values():
+            owner = bound.selected.owner
+            if dense_only and isinstance(owner, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and owner.sparse:
+                raise ValueError(
+                    f"{bound.name} has sparse gradients, as its {type(owner).__name__} was asked to give, and {kind} "
+                    "takes none; build it with sparse=False, or use SGD or Adagrad"
+                )
             if bound.parameter().is_complex() and isinstance(self.step_size, Diagonal):
                 raise ValueError(
                     f"{bound.name} is complex: {kind} steps its real and imaginary parts apart, under which the "

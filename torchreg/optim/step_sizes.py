@@ -373,7 +373,8 @@ WHY_NOT = {
     "LBFGS": "it steps along a direction that mixes the gradients of all weights; FISTA is for convex problems",
     "Muon": "it makes the update of a matrix orthogonal, as a whole",
     "Rprop": "it follows the sign of the gradient and not its size",
-    "SparseAdam": "it moves only the rows that have a gradient, and not by the same mean",
+    "SparseAdam": "it moves only the rows that have a gradient, and not by the same mean; SGD and Adagrad take "
+    "sparse gradients too",
 }
 """Why an optimizer has no unit response, by the name of its class: not every version of torch has them all."""
 
