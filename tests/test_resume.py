@@ -1,4 +1,4 @@
-"""A run goes on from its checkpoint: after a kill at any moment, in a wrapper, in another optimizer class, from old files."""
+"""A run goes on from its checkpoint: killed at any moment, in a wrapper, in another optimizer class, from old files."""
 
 from __future__ import annotations
 

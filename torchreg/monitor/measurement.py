@@ -73,9 +73,9 @@ def measure(
     | `stationarity/total`, `/relative`, `/rest`, `/term.<term>` | where it is given |
 
     A tied weight counts once. For a model there are no penalties, strengths and thresholds; 0 stands for the threshold
-    of a weight on the loss route, of one whose adaptive optimizer has taken no step, and under Adafactor of one without
-    its gradient. Sharded weights are gathered, one after the other, so every process has to call it. From call to call
-    it remembers which weights were zero: a byte a weight, on its device.
+    of a weight on the loss route, of an empty one, of one whose adaptive optimizer has taken no step, and under
+    Adafactor of one without its gradient. Sharded weights are gathered, one after the other, so every process has to
+    call it. From call to call it remembers which weights were zero: a byte a weight, on its device.
 
     Args:
         target: a regularizer, whose selected parameters are measured, or a model, whose weights with two or more
@@ -152,8 +152,8 @@ class Gauge:
         numbers.update(zip(self._keys, itertools.chain.from_iterable(rows), strict=True))
         self.broken = {
             weight.entry.name: f"{weight.entry.name} has {weight.broken:,} NaN or infinite entries of "
-            f"{weight.shape.numel():,}, and training does not mend them; go back to a checkpoint from before, and lower "
-            "lr or clip the gradients"
+            f"{weight.shape.numel():,}, and training does not mend them; go back to a checkpoint from before, and "
+            "lower lr or clip the gradients"
             for weight in weights
             if weight.broken and weight.entry.name not in self._told
         }
@@ -192,7 +192,7 @@ class Gauge:
             steps = {id_: step for route in routes for id_, step in route.present_steps().items()}
             for weight, bound in zip(weights, target._current(), strict=True):
                 weight.term, weight.penalty = bound.term.key, bound.penalty
-                weight.step = steps.get(id(weight.entry.parameter), 0.0)
+                weight.step = steps.get(id(weight.entry.parameter), 0.0) if weight.shape.numel() else 0.0
                 weight.limit = self._limit(weight) if id(weight.entry.parameter) in steps else 0.0
         return weights
 
