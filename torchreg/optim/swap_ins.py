@@ -303,5 +303,5 @@ def _in_one_order(parameter: Tensor, state: Mapping[str, Any]) -> bool:
     It does not look at their strides: of a gradient, or a moment out of a checkpoint, in another layout than its weight
     it would take the entries of others.
     """
-    moments = [x for key, x in state.items() if key != "step" and isinstance(x, Tensor)]
-    return is_dense(parameter, None) and all(matches(x, parameter) for x in (parameter.grad, *moments))
+    others = [parameter.grad, *(x for key, x in state.items() if key != "step")]
+    return is_dense(parameter, None) and all(matches(x, parameter) for x in others if isinstance(x, Tensor))
