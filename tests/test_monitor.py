@@ -733,9 +733,15 @@ def test_weights_that_are_not_finite_or_at_the_ends_do_no_harm(tmp_path, value, 
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 4))
     for w in (model[0].weight, model[2].weight):
         set_weights(w if everywhere else w[0], np.full(w.shape if everywhere else w[0].shape, value, np.float32))
-    with tr.TensorBoardMonitor(tmp_path, l1(model), budget=None) as monitor:
+    with (
+        warnings.catch_warnings(record=True) as told,
+        tr.TensorBoardMonitor(tmp_path, l1(model), budget=None) as monitor,
+    ):
+        warnings.simplefilter("always")
         monitor.log(0)
         monitor.log(1)
+    of = [str(warning.message).partition(": ")[2].split(" has ")[0] for warning in told]
+    assert of == ([] if math.isfinite(value) else ["0.weight", "2.weight"])  # each once
     found = scalars(tmp_path)
     assert found["overview/sparsity"] == {0: 0, 1: 0}
     assert len(pictures(tmp_path)) == 4
@@ -988,6 +994,7 @@ def histogram_of(folder: Path, w: np.ndarray) -> Any:
     return read.Histograms("weight_nonzero/w")[0].histogram_value if read.Tags()["histograms"] else None
 
 
+@pytest.mark.filterwarnings("ignore:.* NaN or infinite entries")
 def test_a_histogram_counts_the_finite_nonzeros(tmp_path):
     w = np.random.default_rng(0).normal(size=(100, 80)).astype(np.float32)
     w[w < -0.5] = 0
@@ -1020,6 +1027,7 @@ def test_the_last_weights_of_a_large_layer_have_a_histogram(tmp_path):
     assert sum(histogram_of(tmp_path, w).bucket) == 3
 
 
+@pytest.mark.filterwarnings("ignore:.* NaN or infinite entries")
 @pytest.mark.parametrize("w", [np.zeros((4, 4)), np.full((4, 4), np.nan), np.ones((0, 4))])
 def test_where_no_weight_is_left_there_is_no_histogram(tmp_path, w):
     assert histogram_of(tmp_path, w) is None

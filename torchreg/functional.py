@@ -108,8 +108,8 @@ def group_soft_threshold(w: Tensor, threshold: Step, dim: int | Sequence[int]) -
         threshold: a number ≥ 0, or a real tensor ≥ 0 that broadcasts against `w`: step·λ. It is not looked at.
         dim: the dimension or dimensions that each group spans.
     Returns:
-        A new tensor of `w`'s shape. A NaN in `w` makes its whole group NaN. Every entry has an error of a few roundings
-        of ‖w‖₂ at most, also where the thresholds of a group spread over eight powers of ten.
+        A new tensor of `w`'s shape. A NaN or infinity in `w` makes its whole group NaN. Every entry has an error of a
+        few roundings of ‖w‖₂ at most, also where the thresholds of a group spread over eight powers of ten.
     Source: Yuan and Lin, 2006, for one number a group; Moré and Sorensen, 1983, for the root.
 
     >>> group_soft_threshold(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), 1.0, dim=1)

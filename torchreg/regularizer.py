@@ -242,7 +242,8 @@ class Regularizer:
 
         It warns, as far as a model's modules and weights tell, where a penalty does not do what it says: of decoupled
         decay beside the prox, of a norm layer that undoes the scale of a weight, and of neurons that no weight and
-        no positive bias feeds any more, which under a ReLU never come back. See `docs/where-it-ends.md`.
+        no positive bias feeds any more, which under a ReLU never come back; and it counts what is NaN or infinite. See
+        `docs/where-it-ends.md`.
         """
         bounds = {bound.name: bound for bound in self._current(materialized=False)}
         routes = {id_: route for route in self._live_routes() for id_ in route.held()}
@@ -685,12 +686,15 @@ def _caveats(bound: Bound, norms: Mapping[int, str], by_prox: bool) -> Iterator[
     if by_prox and not penalty.convex and not penalty.linearizes:
         yield "not convex: where weights rest depends on the step, with tr.Reweighted it does not"
     owner, parameter = bound.selected.owner, bound.parameter()
+    # A sharded tensor would need every process to count, one without data has none.
+    here = type(parameter) is nn.Parameter and not parameter.is_meta
+    if here and (broken := parameter.numel() - int(parameter.isfinite().sum())):
+        yield f"{broken} NaN or infinite"
     if bound.anchor is not None or bound.selected.attribute != "weight":  # toward w₀ ≠ 0 a scale counts, and zeros move
         return
     if id(owner) in norms:
         yield f"norm layer {norms[id(owner)]} undoes its scale"
-    # A sharded tensor would need every process to count, one without data has none.
-    elif by_prox and isinstance(owner, selection.LAYERS) and type(parameter) is nn.Parameter and not parameter.is_meta:
+    elif by_prox and isinstance(owner, selection.LAYERS) and here:
         dead, neurons = units.dead_under_relu(bound.selected)
         if dead:
             yield f"{dead} of {neurons} outputs dead under ReLU"

@@ -295,6 +295,8 @@ class TensorBoardMonitor:
             return {}
         started = time.thread_time()  # not of the wall: what others take on a busy machine is not its own
         numbers, also = self._gauge.read(self._near_zero, list(tensors.values()))
+        for name, message in self._gauge.broken.items():
+            self._warn(name, message)
         self._measuring.spend(time.thread_time() - started - self._gauge.waited)
         self._measured, self._own = step, frozenset(numbers)
         self._history.add(step, numbers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -72,9 +73,9 @@ def measure(
     | `stationarity/total`, `/relative`, `/rest`, `/term.<term>` | where it is given |
 
     A tied weight counts once. For a model there are no penalties, strengths and thresholds; 0 stands for the threshold
-    of a weight on the loss route, of one whose adaptive optimizer has taken no step, and under Adafactor of one without
-    its gradient. Sharded weights are gathered, one after the other, so every process has to call it. From call to call
-    it remembers which weights were zero: a byte a weight, on its device.
+    of a weight on the loss route, of an empty one, of one whose adaptive optimizer has taken no step, and under
+    Adafactor of one without its gradient. Sharded weights are gathered, one after the other, so every process has to
+    call it. From call to call it remembers which weights were zero: a byte a weight, on its device.
 
     Args:
         target: a regularizer, whose selected parameters are measured, or a model, whose weights with two or more
@@ -86,6 +87,8 @@ def measure(
     Raises:
         TypeError, ValueError: `near_zero` is no number ≥ 0, `target` is neither, or it has no weights, or
             `stationarity` is that of other terms.
+    Warns:
+        UserWarning: a weight has entries that are NaN or infinite; once for each weight, by its name.
 
     >>> model = nn.Sequential(nn.Linear(4, 2))
     >>> with torch.no_grad():
@@ -104,6 +107,8 @@ def measure(
     if target not in _gauges:
         _gauges[target] = Gauge(target)
     numbers, _ = _gauges[target].read(near_zero)
+    for message in _gauges[target].broken.values():
+        warnings.warn(message, stacklevel=2)
     return numbers | ({} if stationarity is None else _gauges[target].certified(stationarity))
 
 
@@ -118,6 +123,8 @@ class Gauge:
         self._keys: list[str] = []
         self._supports: dict[str, Tensor] = {}
         self._limits: dict[str, tuple[Penalty, float]] = {}
+        self._told: set[str] = set()
+        self.broken: dict[str, str] = {}  # by name, what the last read found for the first time not to be finite
         self.waited = 0.0  # seconds, in the last read, for the devices to catch up
         self.entries()
 
@@ -143,6 +150,14 @@ class Gauge:
         rows = [weight.numbers([next(found) for _ in own]) for weight, own in zip(weights, tensors, strict=True)]
         numbers = {**_overview(weights, rows), **self._by_term(weights)}
         numbers.update(zip(self._keys, itertools.chain.from_iterable(rows), strict=True))
+        self.broken = {
+            weight.entry.name: f"{weight.entry.name} has {weight.broken:,} NaN or infinite entries of "
+            f"{weight.shape.numel():,}, and training does not mend them; go back to a checkpoint from before, and "
+            "lower lr or clip the gradients"
+            for weight in weights
+            if weight.broken and weight.entry.name not in self._told
+        }
+        self._told.update(self.broken)
         return numbers, [value for [value] in found]
 
     def certified(self, found: Stationarity) -> dict[str, float]:
@@ -177,7 +192,7 @@ class Gauge:
             steps = {id_: step for route in routes for id_, step in route.present_steps().items()}
             for weight, bound in zip(weights, target._current(), strict=True):
                 weight.term, weight.penalty = bound.term.key, bound.penalty
-                weight.step = steps.get(id(weight.entry.parameter), 0.0)
+                weight.step = steps.get(id(weight.entry.parameter), 0.0) if weight.shape.numel() else 0.0
                 weight.limit = self._limit(weight) if id(weight.entry.parameter) in steps else 0.0
         return weights
 
@@ -241,7 +256,7 @@ class _Weight:
     def numbers(self, found: Sequence[Sequence[float]]) -> list[float]:
         """In the order of `_BY_WEIGHT`."""
         counts, (absolute, squares, _), quantiles, (inputs,), (neurons,), *rest = found
-        self.zeros, self.near, _, changed = counts
+        self.zeros, self.near, self.broken, changed = counts
         self.changed = changed if self.seen else 0
         step = rest.pop(0)[0] if isinstance(self.step, Tensor) else self.step
         if self.penalty is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import operator
+import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,8 @@ from torchreg.terms import Bound
 
 _alive: weakref.WeakSet[Attachment] = weakref.WeakSet()
 """Every attachment there is, whatever its regularizer: a parameter has at most one."""
+_alive_lock = threading.Lock()
+"""Held to read or change it: other threads may be building optimizers of other models."""
 
 
 class Prox(ABC):
@@ -136,7 +139,8 @@ class Attachment(Prox):
         self._held: dict[int, Bound] = {}
         self._seen: tuple[list[Bound], list[Tensor], list[Tensor]] = ([], [], [])
         self._refresh(optimizer)
-        _alive.add(self)
+        with _alive_lock:
+            _alive.add(self)
         regularizer._attach(self)
         if self._hooked:
             frozen = getattr(optimizer, "attachment", None)
@@ -318,7 +322,9 @@ class Attachment(Prox):
             )
         if not held:
             raise ValueError(f"{kind} holds none of the selected parameters ({names}); give it some, or select others")
-        for other in [other for other in _alive if other is not self and other.alive and other.active]:
+        with _alive_lock:
+            others = list(_alive)
+        for other in [other for other in others if other is not self and other.alive and other.active]:
             for id_ in held.keys() & other._held.keys():
                 raise ValueError(
                     f"{held[id_].name} already has its {other.describe()}, and twice is another penalty; take that off "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +13,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from torchreg.kernels.soft import is_dense, matches
 from torchreg.optim.attachment import Attachment, Frozen, Prox
 from torchreg.optim.on_device import OnDevice
 from torchreg.optim.one_pass import PASSES, OnePass
@@ -265,7 +266,11 @@ def _fused(stock: Callable[[Optimizer], Any], optimizer: Optimizer) -> None:
 
     Torch's fused SGD fails where some parameters have a momentum buffer and others not yet, and gains little.
     """
-    groups = [] if isinstance(optimizer, SGD) else [group for group in optimizer.param_groups if _open(group)]
+    groups = (
+        []
+        if isinstance(optimizer, SGD)
+        else [group for group in optimizer.param_groups if _open(group, optimizer.state)]
+    )
     for group in groups:
         group["fused"] = True
     try:
@@ -275,7 +280,7 @@ def _fused(stock: Callable[[Optimizer], Any], optimizer: Optimizer) -> None:
             group["fused"] = None
 
 
-def _open(group: dict[str, Any]) -> bool:
+def _open(group: dict[str, Any], state: Mapping[Any, Any]) -> bool:
     return (
         group["foreach"] is None
         and group["fused"] is None
@@ -286,7 +291,17 @@ def _open(group: dict[str, Any]) -> bool:
             type(parameter) in (Tensor, torch.nn.Parameter)
             and parameter.is_cpu
             and parameter.is_floating_point()
-            and (parameter.grad is None or parameter.grad.layout is torch.strided)
+            and (parameter.grad is None or _in_one_order(parameter, state.get(parameter, {})))
             for parameter in group["params"]
         )
     )
+
+
+def _in_one_order(parameter: Tensor, state: Mapping[str, Any]) -> bool:
+    """Weight, gradient and moments lie alike in memory, in which torch's fused CPU step reads them from end to end.
+
+    It does not look at their strides: of a gradient, or a moment out of a checkpoint, in another layout than its weight
+    it would take the entries of others.
+    """
+    others = [parameter.grad, *(x for key, x in state.items() if key != "step")]
+    return is_dense(parameter, None) and all(matches(x, parameter) for x in others if isinstance(x, Tensor))
