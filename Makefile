@@ -4,7 +4,11 @@ PY := .venv/bin/python
 BROWSER := chromium fonts-dejavu-core
 AS_ROOT := $(shell test `id -u` = 0 || echo sudo -n)
 
-.PHONY: demo test test-slow bench lint
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+SHORT := tests/test_public_api.py tests/test_house.py tests/test_copies.py tests/test_kernels_choice.py \
+	tests/test_swap_ins.py tests/test_attachment.py tests/test_compile.py torchreg
+
+.PHONY: demo test test-slow test-versions bench lint
 
 demo: .venv/.examples
 	$(PY) examples/mnist_mlp.py
@@ -16,6 +20,23 @@ test: lint .venv/.browser
 
 test-slow: .venv/.test
 	$(PY) -m pytest -q -m slow
+
+# The whole suite on the first Python with the oldest version of everything that pyproject.toml allows, and on the last
+# one with the newest; on those between, with the newest, what leans most on Python and torch. Others: PYTHONS="...".
+test-versions:
+	@mkdir -p .venv-versions
+	@grep -Eo '[a-z-]+>=[0-9.]+' pyproject.toml | sed 's/>=/==/' | sort -u > .venv-versions/oldest.txt
+	@set -e; for python in $(PYTHONS); do \
+		version=`$$python -c 'import platform; print(platform.python_version())' 2> /dev/null` \
+			|| { echo "skipped: $$python is not installed"; continue; }; \
+		packages='--upgrade --upgrade-strategy=eager'; tests='$(SHORT)'; \
+		if test $$python = $(firstword $(PYTHONS)); then packages='--constraint .venv-versions/oldest.txt'; tests=; fi; \
+		if test $$python = $(lastword $(PYTHONS)); then tests=; fi; \
+		here=.venv-versions/$$version; test -x $$here/bin/python || $$python -m venv $$here; \
+		$$here/bin/python -m pip install --quiet $$packages --editable '.[test]'; \
+		echo "Python $$version, torch `$$here/bin/python -c 'import torch; print(torch.__version__)'`"; \
+		OMP_NUM_THREADS=1 $$here/bin/python -m pytest -q $$tests; \
+	done
 
 # The short forms; benchmarks/RESULTS.md has the long ones.
 bench: .venv/.bench

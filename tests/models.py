@@ -15,6 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import torchreg as tr
 from torchreg.optim import Attachment
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+"""The version of torch, such as (2, 6)."""
+
 
 @dataclass(frozen=True, repr=False)
 class Counted(tr.L1):

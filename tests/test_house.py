@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import torchreg
+from tests.public_api import public
 
 PACKAGE = Path(torchreg.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
@@ -224,14 +225,6 @@ def test_import_torchreg_loads_torch_and_nothing_heavier():
 
 
 # ---------------------------------------------------------------------- what names are taken
-
-
-def public(module: types.ModuleType) -> dict[str, object]:
-    """The names that a user reads in `module`, without its submodules; of a plain file, those it defines itself."""
-    names = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-    if hasattr(module, "__path__"):
-        return {name: value for name, value in names.items() if not isinstance(value, types.ModuleType)}
-    return {name: value for name, value in names.items() if getattr(value, "__module__", "") == module.__name__}
 
 
 PUBLIC = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import importlib
 import io
 import json
@@ -663,6 +664,13 @@ def fetch(url: str) -> bytes:
         return reply.read()
 
 
+def as_it_is(port: int, path: str) -> bytes:
+    """The answer to a path that no client has tidied."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection.request("GET", path)
+    return connection.getresponse().read()
+
+
 def test_the_dashboard_answers_shows_the_runs_and_leaves_no_process(tmp_path):
     from torch.utils.tensorboard import SummaryWriter
 
@@ -670,6 +678,9 @@ def test_the_dashboard_answers_shows_the_runs_and_leaves_no_process(tmp_path):
     for name in ("l1", "plain"):
         with SummaryWriter(logs / name) as writer:
             writer.add_scalar("overview/sparsity", 0.5, 1)
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"not for the page")
+    (logs / "link").symlink_to(secret)
     port = free_port()
     process = typed("dashboard", str(logs), "--port", str(port), env={"http_proxy": "http://127.0.0.1:9"})
     try:
@@ -678,6 +689,10 @@ def test_the_dashboard_answers_shows_the_runs_and_leaves_no_process(tmp_path):
         assert b"TensorBoard" in fetch(overview[1].strip())
         assert charts[1].startswith(f"http://127.0.0.1:{port}/#custom_scalars")
         assert json.loads(fetch(f"http://127.0.0.1:{port}/data/runs")) == ["l1", "plain"]
+        for path in ("/../secret", "/%2e%2e/secret", "/..%2fsecret", f"/{secret}", "/link", "/data/../../secret"):
+            assert b"not for the page" not in as_it_is(port, path)
+        with pytest.raises(OSError, match=r"refused|timed out|assign|unreachable"):
+            socket.create_connection(("127.0.0.2", port), timeout=5)  # reaches what listens on every address
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 128 + signal.SIGTERM
         assert process.stderr.read() == b""

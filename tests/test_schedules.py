@@ -41,6 +41,7 @@ def learning_rates(make: Callable[[Any], Any], steps: int) -> list[float]:
     return rates
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter")  # of SequentialLR itself, in an old torch
 @pytest.mark.parametrize(
     ("curve", "make"),
     [

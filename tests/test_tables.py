@@ -34,3 +34,9 @@ def test_a_row_of_another_length_is_refused():
 )
 def test_a_shape_is_written_with_crosses(shape, text):
     assert shape_text(shape) == text
+
+
+def test_a_cell_with_control_characters_is_one_line():
+    lines = render(["name", "note"], [["fc1\r\n\x1b[2J", "ties\u202e"], ["fc2", ""]]).split("\n")
+    assert lines[2].split() == [r"fc1\r\n\x1b[2J", r"ties\u202e"]
+    assert len(lines) == 4

@@ -119,7 +119,7 @@ def regularization_path(
         axes.plot(grid, lines[:, others], color="0.75", linewidth=0.7, marker=marker, zorder=1)
     coloured = []
     for i, style in zip(leading, _styles(), strict=False):
-        coloured += axes.plot(grid, lines[:, i], **{**style, "marker": marker}, label=labels[i])
+        coloured += axes.plot(grid, lines[:, i], **{**style, "marker": marker}, label=_short(labels[i]))
     if largest == smallest:
         largest, smallest = 2 * largest, smallest / 2
     axes.set(xscale="log", xlim=(largest, smallest))
@@ -262,7 +262,8 @@ def sparsity_over_time(
     for (name, shares), style in zip(curves.items(), _styles(), strict=False):
         width = 2.2 if shares is total else style["linewidth"]
         known = ~shares.isnan()
-        lines += axes.plot(times[known], shares[known], **{**style, "marker": marker, "linewidth": width}, label=name)
+        look = {**style, "marker": marker, "linewidth": width}
+        lines += axes.plot(times[known], shares[known], **look, label=_plain_text(name))
     axes.margins(x=0)
     axes.set_xlabel("step", fontsize="small")
     _share_axis(axes, "exact zeros")
@@ -382,7 +383,7 @@ def input_map(
     dead = strengths == 0
     title = f"{count - int(dead.sum())} of {count} inputs live"
     if not isinstance(source, Tensor):
-        title = f"{_short(entry.name)}\n{title}"
+        title = f"{_plain_text(entry.name)}\n{title}"
     if not bool(finite.all()):
         title += f"\n{int((~finite).sum())} with weights that are not finite"
 
@@ -475,7 +476,7 @@ def masks(
     for axes, entry, alive, aspect in zip(panels, shown, matrices, aspects, strict=False):
         pixels = mask_pixels(entry).cpu()
         share = int(alive.sum()) / max(alive.numel(), 1)
-        title, darkest = f"{_short(entry.name)}\n{tables.shape_text(entry.parameter.shape)}, {share:.2%} left", 1.0
+        title, darkest = f"{_plain_text(entry.name)}\n{tables.shape_text(entry.parameter.shape)}, {share:.2%} left", 1.0
         if pixels.shape != alive.shape:
             block = [-(-long // short) for long, short in zip(alive.shape, pixels.shape, strict=True)]
             darkest = pixels.max().item() or 1.0
@@ -807,13 +808,13 @@ def _heat_map(times: Tensor, layers: Mapping[str, Tensor], total: Tensor | None,
     )
     pattern, names = _without_common(list(layers))
     every = math.ceil(count / max(1, (_inches(parent) - 0.7) * (0.95 if total is None else 0.75) / 0.12))
-    lower.set_yticks([i + 0.5 for i in range(0, count, every)], [_short(name) for name in names[::every]])
+    lower.set_yticks([i + 0.5 for i in range(0, count, every)], [_plain_text(name) for name in names[::every]])
     lower.tick_params(axis="y", labelsize="x-small", length=0)
     lower.tick_params(axis="x", labelsize="small")
     lower.invert_yaxis()
     lower.set_xlabel("step", fontsize="small")
     lower.set_ylabel(
-        _short(pattern, 50) + (f"\n{count} rows, 1 in {every} named" if every > 1 else ""), fontsize="small"
+        _plain_text(pattern, 50) + (f"\n{count} rows, 1 in {every} named" if every > 1 else ""), fontsize="small"
     )
     bar = parent.colorbar(mesh, ax=lower, format=PercentFormatter(1))
     bar.set_label("exact zeros", fontsize="small")
@@ -834,7 +835,7 @@ def _label_ends(axes: Axes, lines: Sequence[Line2D]) -> None:
     gap = 0.16 / (0.75 * _inches(axes.figure)) * (high - low)
     for place, (height, line) in zip(_apart([height for height, _ in ends], gap, low, high), ends, strict=True):
         axes.annotate(
-            _short(str(line.get_label())),
+            str(line.get_label()),
             (1, height),
             xycoords=axes.get_yaxis_transform(),
             xytext=(1.05, place),
@@ -879,6 +880,11 @@ def _without_common(names: Sequence[str]) -> tuple[str, list[str]]:
     last = next((i for i in range(most - first) if len({own[-1 - i] for own in parts}) > 1), most - first)
     pattern = ".".join([*parts[0][:first], "*", *parts[0][len(parts[0]) - last :]])
     return "layer" if pattern == "*" else pattern, [".".join(own[first : len(own) - last]) for own in parts]
+
+
+def _plain_text(name: str, most: int = 32) -> str:
+    """The name of a parameter as it is written: a $ in it begins no formula, a control character does nothing."""
+    return _short(tables.printable(name, len(name)), most).replace("$", r"\$")
 
 
 def _short(name: str, most: int = 32) -> str:

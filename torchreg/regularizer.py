@@ -261,12 +261,12 @@ class Regularizer:
                 why = self._why_not.get(entry.name, "not selected")
                 if why == "frozen" and parameter.requires_grad:
                     why = "was frozen when the Regularizer was built"
-                rows.append([entry.name, shape, count, "", "", "", why])
+                rows.append([tables.printable(entry.name), shape, count, "", "", "", why])
                 continue
             penalty = bound.term.penalty.scaled(bound.scale)
             strengths = ", ".join(f"{name}={getattr(penalty, name):g}" for name in penalty.strengths)
             route = routes[id(parameter)].describe() if id(parameter) in routes else "loss"
-            tied = f"tied to {', '.join(name for name, _ in entry.ties)}" if entry.ties else ""
+            tied = f"tied to {', '.join(tables.printable(name) for name, _ in entry.ties)}" if entry.ties else ""
             computed = "computed by a parametrization" if entry.computed else ""
             notes = [
                 bound.note,
@@ -276,9 +276,8 @@ class Regularizer:
                 "" if bound.anchor is None else "toward",
                 "" if self._enabled else "disabled",
             ]
-            rows.append(
-                [bound.name, shape, count, bound.term.key, strengths, route, "; ".join(note for note in notes if note)]
-            )
+            name, term = tables.printable(bound.name), tables.printable(bound.term.key)
+            rows.append([name, shape, count, term, strengths, route, "; ".join(note for note in notes if note)])
         return tables.render(["parameter", "shape", "weights", "term", "λ", "acts in", "note"], rows, right=[2])
 
     # ------------------------------------------------------------------ strengths

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
+from torchreg.tables import printable
+
 Predicate = Callable[[str, nn.Module, nn.Parameter], bool]
 Selector: TypeAlias = (
     "str | type[nn.Module] | tuple[type[nn.Module], str] | nn.Module | nn.Parameter | Predicate | Sequence[Selector]"
@@ -306,8 +308,12 @@ class Inventory:
             return f"{text} matches no parameter of {self.kind}; print(model) shows its modules"
         names = [name for entry in self.entries for name in entry.names]
         near = difflib.get_close_matches(selector.removeprefix("re:"), names, n=3, cutoff=0.5) or names[:3]
-        hint = "; did you mean " + " or ".join(f'"{name}"' for name in near) + "?" if near else ", which has none"
-        return f'pattern "{text}" matches no parameter of {self.kind}{hint}'
+        hint = (
+            "; did you mean " + " or ".join(f'"{printable(name)}"' for name in near) + "?"
+            if near
+            else ", which has none"
+        )
+        return f'pattern "{printable(text)}" matches no parameter of {self.kind}{hint}'
 
 
 def select(model: nn.Module, include: Selector | None = None, exclude: Selector | None = None) -> list[Selected]:

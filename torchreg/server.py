@@ -159,7 +159,9 @@ def _tensorboard(folder: Path, host: str, port: int, log: IO[bytes]) -> Iterator
 
 
 def _command() -> list[str]:
-    return [sys.executable, "-m", "tensorboard.main"]
+    # -m would look in the current directory first, which may be a download with a tensorboard.py of its own.
+    elsewhere = "import sys; sys.path = [path for path in sys.path if path]"
+    return [sys.executable, "-c", f"{elsewhere}; from tensorboard.main import run_main; run_main()"]
 
 
 def _end(process: subprocess.Popen[bytes], number: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def render(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Columns aligned with two spaces between them; the columns numbered in `right` flush right.
+    """Columns aligned with two spaces between them; the columns numbered in `right` flush right. Cells are one line.
 
     >>> print(render(["name", "count"], [["fc1.weight", "30"], ["fc2", "1200"]], right=[1]))
     name        count
@@ -14,6 +14,8 @@ def render(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence
     fc1.weight     30
     fc2          1200
     """
+    # A parameter's name may hold what moves a terminal's cursor, or ends the line.
+    header, *rows = [[printable(cell, len(cell)) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:

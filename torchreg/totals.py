@@ -28,7 +28,8 @@ def values(items: Iterable[Item]) -> Iterator[tuple[str, Tensor]]:
     for key, batch in batches:
         yield key, soft.value(*batch)
     for key, w, penalty in rest:
-        yield key, penalty(w)
+        # Not penalty(w): torch.compile of torch 2.8 and older hashes what is called, and fails.
+        yield key, penalty.__call__(w)
 
 
 def add_gradients_(items: Iterable[Item]) -> Iterator[tuple[str, Tensor]]:

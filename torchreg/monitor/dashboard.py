@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchreg import checks
+from torchreg import checks, tables
 from torchreg.certificates import Stationarity
 from torchreg.loss import LastLoss
 from torchreg.monitor import pictures, summaries, tags, texts
@@ -348,7 +348,7 @@ class TensorBoardMonitor:
                 summaries.layout(layout(list(self._gauge.tags.values()))),
                 summaries.text("about/3_glossary", texts.glossary(self._near_zero)),
                 summaries.text("about/2_regularizer", texts.regularizer(self._regularizer)),
-                *summaries.hyperparameters(self._where, self._all_hyperparameters(), _METRICS),
+                *summaries.hyperparameters(tables.printable(self._where, 1000), self._all_hyperparameters(), _METRICS),
             ]
             self._add(step, values)
         except Exception as error:
@@ -440,7 +440,7 @@ class TensorBoardMonitor:
                 label = key if len(term.strengths) == 1 else f"{key}.{name}"
                 if len(terms) == 1 and len(term.strengths) > 1:
                     label = name  # the λ₁ of an elastic net stands in one column with the λ of L1
-                found[f"lambda_{label}"] = strength
+                found[f"lambda_{tables.printable(label)}"] = strength
         return {**found, **self._hparams}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import struct
 import time
@@ -42,7 +43,8 @@ class EventFile:
         earlier = sorted(folder.glob(PATTERN))
         # TensorBoard reads the files in the order of their names, which begin with the second they were made in.
         stamps = [path.name.split(".")[3] for path in earlier]
-        second = max([int(time.time()), *(int(stamp) + 1 for stamp in stamps if stamp.isdigit())])
+        seconds = [int(stamp) + 1 for stamp in stamps if re.fullmatch("[0-9]{1,10}", stamp)]
+        second = max([int(time.time()), *seconds])
         self._path = folder / f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}.torchreg"
         self._file = open(self._path, "xb", buffering=0)  # noqa: SIM115  closed by close(), or when all is over
         self.close = weakref.finalize(self, self._file.close)

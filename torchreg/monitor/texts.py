@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torchreg import zeros
+from torchreg import tables, zeros
 from torchreg.regularizer import Regularizer
 from torchreg.zeros import Sparsity
 
@@ -38,14 +38,23 @@ def glossary(near_zero: float) -> str:
 
 def regularizer(found: Regularizer) -> str:
     """Its terms as they were written, and `explain()`: at the first step of a warm-up, that alone would say λ = 0."""
-    terms = "\n".join(f"{key}: {term.base!r}" for key, term in found.terms.items())
+    terms = "\n".join(f"{tables.printable(key)}: {term.base!r}" for key, term in found.terms.items())
     return f"```\n{terms}\n```\n\nAt the first step, with schedules at work:\n\n```\n{found.explain()}\n```"
 
 
 def summary(found: Sparsity) -> str:
     """The table of `sparsity()`."""
     header, *layers, total = zeros.cells(found)
-    return markdown(header, [*([f"`{name}`", *rest] for name, *rest in layers), ["**total**", *total[1:]]])
+    return markdown(header, [*([code(name), *rest] for name, *rest in layers), ["**total**", *total[1:]]])
+
+
+def code(text: str) -> str:
+    """`text` as Markdown's code, which a backtick of its own would end: what follows it could be a picture or a link.
+
+    >>> code("a`![b](c)")
+    "`a'![b](c)`"
+    """
+    return f"`{text.replace('`', chr(39))}`"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
