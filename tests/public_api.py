@@ -6,22 +6,20 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import inspect
 import sys
 import types
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torchreg
 from torchreg.__main__ import _parser
 
-MODULES = [
-    torchreg,
-    torchreg.functional,
-    torchreg.optim,
-    torchreg.plots,
-    torchreg.schedules,
-    torchreg.testing,
-]
+# The modules are those that `torchreg/__init__.py` names: `from torchreg import schedules as schedules`.
+SOURCE = ast.parse(Path(torchreg.__file__).read_text(encoding="utf-8"))
+IMPORTS = [node for node in SOURCE.body if isinstance(node, ast.ImportFrom) and node.module == "torchreg"]
+MODULES = [torchreg, *(getattr(torchreg, alias.name) for node in IMPORTS for alias in node.names)]
 # What the syntax of Python calls in this library.
 OPERATORS = {"__call__", "__enter__", "__exit__", "__getitem__", "__iter__", "__len__"}
 
