@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adafactor, AdamW, Optimizer
 
+from torchreg import checks
 from torchreg.checks import Step
 from torchreg.optim.rounding import NARROW
 from torchreg.optim.step_sizes import PIECE, Diagonal, StepSize, present_step, step_size_of
@@ -324,6 +325,11 @@ class Attachment(Prox):
                     "first, with handle.remove(), optimizer.attachment.remove() or del optimizer"
                 )
         for bound in held.values():
+            if optimizer.defaults.get("differentiable") and checks.is_sharded(bound.parameter()):
+                raise ValueError(
+                    f"{bound.name} is sharded, and {kind} differentiable: a sharded weight's prox has no graph; leave "
+                    "differentiable=False, or keep the model on one process"
+                )
             if bound.parameter().is_complex() and isinstance(self.step_size, Diagonal):
                 raise ValueError(
                     f"{bound.name} is complex: {kind} steps its real and imaginary parts apart, under which the "

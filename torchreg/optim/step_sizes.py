@@ -19,6 +19,7 @@ from torch.optim import ASGD, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, A
 
 from torchreg import checks
 from torchreg.checks import Step
+from torchreg.shards import local
 
 PIECE = 1 << 16
 """Weights at a time where a CPU goes through a large parameter: its processors' caches hold what belongs to them."""
@@ -160,7 +161,7 @@ class AdadeltaStep(Diagonal):
 
     def _of(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor, moved: Tensor) -> Step:
         square = optimizer.state[parameter]["square_avg"]
-        moved, square = (checks.widened(x) + group["eps"] for x in (moved, square))
+        moved, square = (_here(x) + group["eps"] for x in (moved, square))
         return _number(group["lr"]) * (moved / square).sqrt()
 
 
@@ -199,9 +200,9 @@ class RMSpropStep(BuildUp, Diagonal):
 
     def __call__(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step:
         state, lr = optimizer.state[parameter], _number(group["lr"])
-        square = checks.widened(state["square_avg"])
+        square = _here(state["square_avg"])
         if group["centered"]:
-            mean = checks.widened(state["grad_avg"])
+            mean = _here(state["grad_avg"])
             square = torch.addcmul(square, mean, mean, value=-1).clamp(min=0)
         if _number(group["momentum"]) > 0:
             lr = lr * self._advanced(optimizer, group, parameter)
@@ -267,7 +268,7 @@ class AdamaxStep(AdamKin):
 
     def __call__(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step:
         _, mean, bias = self._mean(optimizer, group, parameter)
-        largest = checks.widened(optimizer.state[parameter]["exp_inf"])
+        largest = _here(optimizer.state[parameter]["exp_inf"])
         return _over(_number(group["lr"]) * (mean / bias), largest.clone(), 0.0)
 
 
@@ -415,12 +416,17 @@ def _one_less_power(base: Any, count: Any) -> Any:
     return 1 - base**count or 1.0
 
 
+def _here(x: Tensor) -> Tensor:
+    """What this process has of it, float32 or wider."""
+    return checks.widened(local(x))
+
+
 def _root(square: Tensor) -> Tensor:
     """√square in a new tensor, float32 or wider.
 
     A CPU's sqrt is ten times slower on zeros, of which a sparse net has many; 1/rsqrt is not.
     """
-    square = checks.widened(square)
+    square = _here(square)
     return square.sqrt() if square.requires_grad else square.rsqrt().reciprocal_()
 
 
