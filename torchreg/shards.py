@@ -167,8 +167,8 @@ def exchanged(model: nn.Module) -> dict[tuple[int, str], Any]:
     for module in model.modules():
         if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
             raise ValueError(
-                "FullyShardedDataParallel flattens weights, so that a process has neither rows nor columns of them; shard "
-                "the model with torch.distributed.fsdp.fully_shard instead"
+                "FullyShardedDataParallel flattens weights, so that a process has neither rows nor columns of them; "
+                "shard the model with torch.distributed.fsdp.fully_shard instead"
             )
         find = getattr(module, "_get_fsdp_state", None)
         if find is None:
@@ -180,6 +180,13 @@ def exchanged(model: nn.Module) -> dict[tuple[int, str], Any]:
             owners = zip((info.module, *info.shared_modules), (info.param_name, *info.shared_param_names), strict=True)
             found.update({(id(owner), name): held for owner, name in owners})
     return found
+
+
+def reshard(model: nn.Module) -> None:
+    """Lets go of the whole weights that a forward pass without a backward has left in a model of `fully_shard`."""
+    for module in model.modules():
+        if hasattr(module, "_get_fsdp_state"):
+            module.reshard()  # type: ignore[operator]
 
 
 def at_rest(parameter: Tensor, held: Any) -> Tensor:

@@ -81,7 +81,12 @@ class BuildUp(Followed):
         """c after this step; its first value is 1, whatever the gain."""
         state = optimizer.state[parameter]
         old = _number(state.get(self.KEY))  # a compiled step leaves a tensor
-        new = 1.0 if old is None else _number(group["momentum"]) * old + self._gain(group)
+        if old is None:
+            # Distributed checkpoints build the state by a step of zeros at lr 0, which pushes no momentum.
+            idle = not isinstance(group["lr"], Tensor) and group["lr"] == 0 and _is_zero(parameter.grad)
+            new = 0.0 if idle else 1.0
+        else:
+            new = _number(group["momentum"]) * old + self._gain(group)
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
             # A fused optimizer skips a step without telling the host: neither does its momentum build up.
@@ -414,6 +419,10 @@ def _one_less_power(base: Any, count: Any) -> Any:
         log = base.log() if isinstance(base, Tensor) else math.log(base) if base > 0 else -math.inf
         return -torch.expm1(count * log)
     return 1 - base**count or 1.0
+
+
+def _is_zero(x: Tensor | None) -> bool:
+    return x is not None and not torch.compiler.is_compiling() and not bool(checks.unsharded(x.abs().sum()))
 
 
 def _here(x: Tensor) -> Tensor:
