@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -224,7 +225,7 @@ def counts(shard: Shard, world: int) -> Any:
 def certificates(shard: Shard, world: int) -> Any:
     found = []
     for penalty in (tr.L1(0.2), tr.GroupLasso(0.1, tr.Columns()), tr.SparseGroupLasso(0.1, 0.1)):
-        model, reg, optimizer = trained(shard, world, penalty)
+        model, reg, _ = trained(shard, world, penalty)
         before = whole(model)
         with torch.no_grad():
             model(batch()[0])
@@ -300,6 +301,121 @@ def targets(shard: Shard, world: int) -> Any:
 PROBES = {probe.__name__: probe for probe in (counts, certificates, gradients, proxes, refits, targets)}
 
 
+# ---------------------------------------------------------------------- what has no counterpart in one process
+
+
+def exchanges(world: int) -> dict[str, list[int]]:
+    """How often a step's prox, a value and a gradient exchange something, for one weight."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    found = {}
+    for name, penalty in {"l1": tr.L1(0.1), **GROUPED}.items():
+        model = fsdp(net(), world)
+        reg = tr.Regularizer(model, penalty, include="fc1.weight")
+        w = model.fc1.weight.detach()
+        steps = [0.1, w.abs() + 0.1, w.abs() + 10.0]
+        numbers = []
+        for step in steps:
+            with CommDebugMode() as mode:
+                penalty.prox_(w.clone(), step)
+            numbers.append(mode.get_total_counts())
+        with CommDebugMode() as mode:
+            total = reg()
+        numbers.append(mode.get_total_counts())
+        with CommDebugMode() as mode:
+            total.backward()
+        found[name] = [*numbers, mode.get_total_counts()]
+    return found
+
+
+class Spread(tr.L2):
+    """A penalty of one's own that is no sum over single weights."""
+
+    separable = False
+
+
+class Lonely(Net):
+    """`fc3` is in no forward pass: the penalty alone uses it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc3 = nn.Linear(3, 3, dtype=torch.float64)
+
+
+def lonely(by_gradient: bool, world: int) -> Any:
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(Lonely().double(), find_unused_parameters=True)
+    reg = tr.Regularizer(model, tr.L1(0.1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        if by_gradient:
+            loss.backward()
+            reg.add_gradient_()
+        else:
+            (loss + reg()).backward()
+        optimizer.step()
+    return whole(model)
+
+
+def refusals(world: int) -> dict[str, str]:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = fsdp(net(), world)
+    reg = tr.Regularizer(model, tr.L1(0.1))
+    tried: dict[str, Callable[[], Any]] = {
+        "flat": lambda: tr.Regularizer(FullyShardedDataParallel(net(), device_id=torch.device("cpu")), tr.L1(0.1)),
+        "gap": lambda: tr.duality_gap(reg, lambda: loss_of(model)),
+        "fista": lambda: tr.optim.FISTA(model.parameters(), regularizer=reg),
+        "own": tr.Regularizer(model, Spread(0.1)),
+        "differentiable": lambda: tr.optim.ProxSGD(model.parameters(), lr=0.1, differentiable=True, regularizer=reg),
+        "lonely": lambda: lonely(False, world),
+    }
+    found = {}
+    for name, attempt in tried.items():
+        try:
+            attempt()
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+# ---------------------------------------------------------------------- distributed checkpoints
+
+SAVED = {"sgd": sgd, "adam": adam}
+
+
+def resumed(make: Any, folder: Path, world: int, save: bool) -> dict[str, Tensor]:
+    """Trains, saves, and trains on; or loads what other processes, and another number of them, have saved."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model = fsdp(net(), world)
+    reg = tr.Regularizer(model, tr.L1(0.1))
+    optimizer = make(model.parameters(), reg)
+
+    def train() -> None:
+        for _ in range(6):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+
+    if save:
+        reg["l1"].factor = 0.5
+        train()
+    weights, state = get_state_dict(model, optimizer)
+    everything = {"model": weights, "optimizer": state, "regularizer": reg.state_dict()}
+    if save:
+        dcp.save(everything, checkpoint_id=folder)
+    else:
+        dcp.load(everything, checkpoint_id=folder)
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+        reg.load_state_dict(everything["regularizer"])
+    train()
+    return whole(model)
+
+
 # ---------------------------------------------------------------------- processes
 
 
@@ -307,14 +423,159 @@ def work(rank: int, world: int, folder: Path) -> None:
     """What each process does. One that waits for another in vain is an error after a minute."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        "gloo",
+        init_method=f"file://{folder}/meeting.{world}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(minutes=1),
     )
-    found: dict[tuple[str, str], Any] = {}
+    found: dict[Any, Any] = {}
     for shard in LAYOUTS[world]:
         for name in ONLY.get(shard, TRAININGS) if world == 2 else FEW:
             found[shard.__name__, name] = TRAININGS[name].run(shard, world)
         for name in PROBES if world == 2 and shard is not replicas else []:
             found[shard.__name__, name] = PROBES[name](shard, world)
-    torch.save(found, folder / f"found.{rank}.pt")
+    for name, make in SAVED.items():
+        found["resumed", name] = resumed(make, folder / name, world, save=world == 4)
+    if world == 2:
+        found["exchanges"], found["lonely"] = exchanges(world), lonely(True, world)
+        found["refusals"] = refusals(world)
+    torch.save(found, folder / f"found.{world}.{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[Any, Any]]]:
+    """What the processes of a training in four, and then in two, have found."""
+    folder = tmp_path_factory.mktemp("shards")
+    for world in (4, 2):
+        torch.multiprocessing.spawn(work, (world, folder), nprocs=world)
+    return {world: [torch.load(folder / f"found.{world}.{rank}.pt") for rank in range(world)] for world in (4, 2)}
+
+
+@functools.cache
+def expected(name: str) -> Any:
+    """The same in one process."""
+    return TRAININGS[name].run(alone, 1) if name in TRAININGS else PROBES[name](alone, 1)
+
+
+def agree(found: Any, wanted: Any) -> bool:
+    """Equal but for the rounding of sums, and the same zeros exactly."""
+    if isinstance(wanted, Tensor):
+        return torch.equal(found == 0, wanted == 0) and torch.allclose(found, wanted, rtol=1e-9, atol=1e-12)
+    if isinstance(wanted, dict):
+        return found.keys() == wanted.keys() and all(agree(found[key], wanted[key]) for key in wanted)
+    if isinstance(wanted, (list, tuple)):
+        return all(agree(a, b) for a, b in zip(found, wanted, strict=True))
+    return found == (pytest.approx(wanted, rel=1e-9) if isinstance(wanted, float) else wanted)
+
+
+CASES = [
+    (world, shard.__name__, name)
+    for world, layouts in LAYOUTS.items()
+    for shard in layouts
+    for name in (ONLY.get(shard, TRAININGS) if world == 2 else FEW)
+]
+
+
+@pytest.mark.parametrize(("world", "layout", "name"), CASES)
+def test_a_sharded_training_ends_with_the_weights_and_the_zeros_of_one_process(results, world, layout, name):
+    wanted = expected(name)
+    if "loss" not in name and "Adadelta" not in name and name != "rows, sgd":
+        assert sum((w == pretrained()[k] if "toward" in name else w == 0).sum() for k, w in weights(wanted)) > 1
+    for found in results[world]:
+        assert agree(found[layout, name], wanted)
+
+
+def weights(found: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+    return [(name, w) for name, w in found.items() if name.endswith("weight")]
+
+
+@pytest.mark.parametrize("probe", PROBES)
+@pytest.mark.parametrize("layout", ["fsdp", "tensor_parallel"])
+def test_what_reads_sharded_weights_finds_what_one_process_finds(results, layout, probe):
+    for found in results[2]:
+        assert agree(found[layout, probe], expected(probe))
+
+
+def test_groups_across_processes_exchange_one_number_a_group(results):
+    number, varying, other, value, gradient = zip(*results[2][0]["exchanges"].values(), strict=True)
+    names = list(results[2][0]["exchanges"])
+    assert names == ["l1", "rows", "columns", "sparse columns"]
+    assert number == (0, 0, 1, 1)
+    assert varying == other == (0, 0, 13, 13), "one an iteration, whatever the weights"
+    assert value == (1, 1, 2, 2)
+    assert gradient == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_checkpoint_of_four_processes_goes_on_in_two(results, name):
+    [uninterrupted, *_], [resumed, *_] = results[4], results[2]
+    assert agree(resumed["resumed", name], uninterrupted["resumed", name])
+    assert any((w == 0).any() for _, w in weights(resumed["resumed", name]))
+
+
+def test_a_parameter_that_the_penalty_alone_uses_trains_under_ddp_by_add_gradient_(results):
+    torch.manual_seed(0)
+    w = Lonely().double().fc3.weight.detach()
+    for _ in range(3):
+        w = w - 0.1 * 0.1 * w.sign()
+    for found in results[2]:
+        assert torch.allclose(found["lonely"]["module.fc3.weight"], w, rtol=1e-12)
+        assert "ready only once" in found["refusals"]["lonely"]
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("flat", "ValueError: FullyShardedDataParallel flattens weights"),
+        ("gap", "ValueError: fc1.weight is sharded"),
+        ("fista", "ValueError: fc1.weight is sharded"),
+        ("own", "NotImplementedError: Spread is no sum over single weights"),
+        ("differentiable", "ValueError: fc1.weight is sharded"),
+    ],
+)
+def test_what_cannot_be_right_on_shards_is_an_error(results, name, error):
+    for found in results[2]:
+        assert found["refusals"][name].startswith(error)
+
+
+# ---------------------------------------------------------------------- in one process
+
+
+@pytest.mark.parametrize("make", [sgd, adam, adamw])
+def test_a_checkpoint_of_a_fresh_optimizer_moves_no_weight(make):
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model = net()
+    reg = tr.Regularizer(model, tr.L1(10.0))
+    get_state_dict(model, make(model.parameters(), reg))
+    assert all(torch.equal(w, before) for w, before in zip(model.parameters(), net().parameters(), strict=True))
+
+
+def test_a_checkpoint_of_a_fresh_optimizer_leaves_its_momentum_at_rest():
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    runs = []
+    for saves in (False, True):
+        model = net()
+        reg = tr.Regularizer(model, tr.L1(0.05))
+        optimizer = sgd(model.parameters(), reg)
+        if saves:
+            get_state_dict(model, optimizer)
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+        runs.append(whole(model))
+    assert agree(runs[1], runs[0])
+
+
+def test_a_first_step_at_lr_0_counts_where_it_has_a_gradient():
+    model = nn.Linear(2, 1, bias=False)
+    reg = tr.Regularizer(model, tr.L1(0.1))
+    optimizer = tr.optim.ProxSGD(model.parameters(), lr=0.0, momentum=0.5, regularizer=reg)
+    model.weight.grad = torch.tensor([[0.0, 1.0]])
+    optimizer.step()
+    assert optimizer.state[model.weight]["unit_momentum"] == 1.0
