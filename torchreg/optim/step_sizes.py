@@ -84,7 +84,7 @@ class BuildUp(Followed):
         if old is None:
             # Distributed checkpoints build the state by a step of zeros at lr 0, which pushes no momentum.
             idle = not isinstance(group["lr"], Tensor) and group["lr"] == 0 and _is_zero(parameter.grad)
-            new = 0.0 if idle else 1.0
+            new: Any = 0.0 if idle else 1.0
         else:
             new = _number(group["momentum"]) * old + self._gain(group)
         found_inf = getattr(optimizer, "found_inf", None)
