@@ -43,7 +43,7 @@ def run(folder, processes, epochs):
     return done.stdout, [(int(n), float(right), float(zeros)) for n, right, zeros in EPOCH.findall(done.stdout)]
 
 
-def test_two_processes_train_to_zeros_and_one_goes_on(tmp_path):
+def test_two_processes_train_to_zeros(tmp_path):
     printed, epochs = run(tmp_path, 2, 3)
     assert "2 processes on " in printed
     assert [n for n, _, _ in epochs] == [1, 2, 3]
@@ -52,6 +52,11 @@ def test_two_processes_train_to_zeros_and_one_goes_on(tmp_path):
     assert zeros > 40
     assert f"{zeros:.2f}%" in printed.splitlines()[-1], "the table's total"
     assert len(list((tmp_path / "runs" / "fsdp").glob("events.*"))) == 1
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_from_the_checkpoint_of_two(tmp_path):
+    _, [*_, (_, _, zeros)] = run(tmp_path, 2, 3)
     _, [(n, accuracy, more)] = run(tmp_path, 1, 4)
     assert n == 4
     assert accuracy > 80
