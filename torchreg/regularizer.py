@@ -136,6 +136,8 @@ class Regularizer:
     def __call__(self) -> Tensor:
         """Σ of all terms: a 0-d tensor, float32 or wider, with a gradient for the parameters on the loss route.
 
+        With sharded weights every process has to call it, and has the total of the whole (`docs/many-processes.md`).
+
         Raises:
             RuntimeError: the model is no longer what the names were resolved in: a module was replaced, tensors were
                 tied or came apart, or a lazy module has not got its shape yet.
