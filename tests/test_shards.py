@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import torchreg as tr
-from torchreg import checks
+from torchreg import checks, shards
 from torchreg.kernels import choice
 
 pytestmark = pytest.mark.skipif(
@@ -268,6 +268,15 @@ def proxes(shard: Shard, world: int) -> Any:
         for s in (0.5, w.abs() + 0.5):
             found[f"{penalty} {s}"] = checks.unsharded(penalty.prox(w, s))
         found[f"{penalty}"] = penalty(w)
+    for scale in (1e-200, 1e200):  # whose squares are 0 and inf
+        for step in (0.5, w.abs() + 0.5):
+            found[f"{scale} {step}"] = checks.unsharded(tr.GroupLasso(0.05, tr.Columns()).prox(scale * w, step))
+    broken = checks.unsharded(w).clone()
+    broken[2, 1] = torch.nan  # in one process's part
+    broken = shards.laid_out_as(broken, w)
+    for step in (0.5, w.abs() + 0.5):
+        new = checks.unsharded(tr.GroupLasso(0.05, tr.Columns()).prox(broken, step))
+        found[f"nan {step}"] = new.isnan().double()
     return list(found.values()), whole(model)
 
 
