@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from torchreg import checks
+from torchreg import checks, selection, shards
 from torchreg.penalties import Penalty
 from torchreg.penalties.base import inner
 from torchreg.regularizer import Regularizer
@@ -63,7 +63,8 @@ def stationarity(reg: Regularizer, closure: Closure | None = None) -> Stationari
             the data loss left it: call it before `optimizer.step()` moves the weights, and with a GradScaler after
             `scaler.unscale_(optimizer)`.
     Returns:
-        The distances as numbers, total and by term. Reading them waits for the device.
+        The distances as numbers, total and by term. Reading them waits for the device. Under DDP and `fully_shard` the
+        loss is the mean of those of all processes, and each of them has to call this.
     Raises:
         TypeError: `reg` is no regularizer, or the closure cannot be called or returns no tensor.
         ValueError: the closure's loss is not a scalar with a gradient, or it called `backward()`; or, without a
@@ -133,15 +134,16 @@ def lambda_max(reg: Regularizer, closure: Closure) -> dict[str, float]:
     penalties = [units[bound.term.key].scaled(bound.scale) for bound in bounds]
     parameters = [bound.parameter() for bound in bounds]
     corners = {
-        i: torch.zeros_like(w) if bound.anchor is None else bound.anchor.to(w)
+        i: torch.zeros_like(w) if bound.anchor is None else bound.anchor.to(w.dtype)
         for i, (bound, penalty, w) in enumerate(zip(bounds, penalties, parameters, strict=True))
-        if penalty._dual_norm(torch.ones_like(checks.widened(w.detach()))) < math.inf
+        if penalty._dual_norm(torch.ones(w.shape, dtype=checks.widened(w).dtype, device=w.device)) < math.inf
     }
     with _placed([parameters[i] for i in corners], list(corners.values())):
         gradients = _evaluate(reg, closure, parameters)[1]
     norms: dict[str, list[float]] = {key: [] for key in units}
     for i in corners:
-        norms[bounds[i].term.key].append(penalties[i]._dual_norm(checks.widened(gradients[i])).item())
+        gradient = checks.widened(checks.unsharded(gradients[i]))  # one is whole at a time
+        norms[bounds[i].term.key].append(penalties[i]._dual_norm(gradient).item())
     return {key: _largest(found) for key, found in norms.items()}
 
 
@@ -166,7 +168,7 @@ def duality_gap(reg: Regularizer, closure: Closure) -> float:
         The bound, in units of the loss. Sums are taken in double precision on the CPU, the loss and its gradient as
         the closure gives them.
     Raises:
-        ValueError: a penalty is not convex, or the loss is negative where the bound needs f ≥ 0.
+        ValueError: a penalty is not convex, the loss is negative where the bound needs f ≥ 0, or a weight is sharded.
         TypeError, NotImplementedError, RuntimeError: as in `stationarity`.
     Source: Boyd and Vandenberghe, 2004, section 5.5; Ndiaye, Fercoq, Gramfort and Salmon, 2017, for the scaling by α.
 
@@ -180,6 +182,11 @@ def duality_gap(reg: Regularizer, closure: Closure) -> float:
     """
     bounds = _trainable(reg)
     for bound in bounds:
+        if checks.is_sharded(bound.parameter()):
+            raise ValueError(
+                f"{bound.name} is sharded, and the gap is computed from whole weights and the whole loss; use "
+                "stationarity(reg, closure), or load the weights into one process"
+            )
         if not bound.penalty.convex:
             raise ValueError(
                 f"{bound.name} has the penalty {bound.penalty!r}, which is not convex, so that no dual bounds its "
@@ -208,9 +215,13 @@ def duality_gap(reg: Regularizer, closure: Closure) -> float:
 def distances(penalty: Penalty | None, w: Tensor, gradient: Tensor) -> tuple[float, float, float]:
     """‖gradient + subgradient‖, ‖gradient‖ and ‖subgradient‖ of one parameter, in one read of the device."""
     w, gradient = checks.widened(w.detach()), checks.widened(gradient)
+    shard = shards.shard_of(w)
+    if shard is not None:
+        w, gradient = shards.local(w), shard.part(gradient)
+        penalty = None if penalty is None else penalty._on(shard)
     subgradient = torch.zeros_like(gradient) if penalty is None else penalty._subgradient(w, gradient)
-    norms = [torch.linalg.vector_norm(x) for x in (gradient + subgradient, gradient, subgradient)]
-    distance, slope, pull = torch.stack(norms).tolist()
+    norms = torch.stack([torch.linalg.vector_norm(x) for x in (gradient + subgradient, gradient, subgradient)])
+    distance, slope, pull = (norms if shard is None else shard.peers.sum(norms.square()).sqrt()).tolist()
     return distance, slope, pull
 
 
@@ -250,7 +261,8 @@ def _trainable(reg: Regularizer) -> list[Bound]:
 def _unpenalized(reg: Regularizer) -> list[Tensor]:
     """The parameters that train and are not selected."""
     selected = {id(parameter) for _, parameter in reg.named_parameters()}
-    return [w for w in reg.model.parameters() if w.requires_grad and id(w) not in selected]
+    every = (entry.parameter for entry in selection.named_parameters(reg.model))
+    return [w for w in every if w.requires_grad and id(w) not in selected]
 
 
 def _penalties(reg: Regularizer, bounds: Sequence[Bound]) -> list[Penalty]:
@@ -283,6 +295,9 @@ def _evaluate(reg: Regularizer, closure: Closure, parameters: Sequence[Tensor]) 
             stacklevel=3,
         )
     before = [(w.grad, None if w.grad is None else w.grad._version) for w in parameters]
+    exchanged = shards.exchanged(reg.model)
+    if exchanged:
+        shards.reshard(reg.model)  # whole weights that an evaluation has left there would hide what was placed
     with reg.disabled(), torch.enable_grad():
         loss = closure()
         for w, (grad, version) in zip(parameters, before, strict=True):
@@ -304,9 +319,25 @@ def _evaluate(reg: Regularizer, closure: Closure, parameters: Sequence[Tensor]) 
                 "and without .item() or .detach()"
             )
         gradients: Sequence[Tensor] = ()
-        if parameters:
+        if parameters and (exchanged or isinstance(reg.model, nn.parallel.DistributedDataParallel)):
+            gradients = _exchanged_gradients(reg.model, loss, parameters)
+        elif parameters:
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
     return loss.detach(), [gradient.to_dense() for gradient in gradients]
+
+
+def _exchanged_gradients(model: nn.Module, loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of the mean loss of all processes, which come by `backward()` alone; `.grad` stays as it is."""
+    every = [entry.parameter for entry in selection.named_parameters(model)]
+    before = [w.grad for w in every]
+    try:
+        for w in every:
+            w.grad = None
+        loss.backward()  # type: ignore[no-untyped-call]
+        return [torch.zeros_like(w) if w.grad is None else w.grad for w in parameters]
+    finally:
+        for w, grad in zip(every, before, strict=True):
+            w.grad = grad
 
 
 def _left_behind(reg: Regularizer, bounds: Sequence[Bound], parameters: Sequence[Tensor]) -> list[Tensor]:

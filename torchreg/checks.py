@@ -87,10 +87,11 @@ def step(value: object, shape: torch.Size) -> Step:
             f"step of shape {tuple(value.shape)} does not broadcast to weights of shape {tuple(shape)}; "
             "pass a number, or one step per weight"
         )
-    fine = (value >= 0) & value.isfinite()
+    here = value.to_local() if is_sharded(value) else value  # type: ignore[attr-defined]
+    fine = (here >= 0) & here.isfinite()
     if not value.is_meta and not is_transformed() and not bool(fine.all()):
         raise ValueError(
-            f"step has the entry {value[~fine][0].item()}; every entry must be finite and at least 0: "
+            f"step has the entry {here[~fine][0].item()}; every entry must be finite and at least 0: "
             "pass the learning rate, or a tensor of steps"
         )
     return widened(value)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchreg.checks import Step, is_transformed
+from torchreg.shards import ALONE, Peers
 
 
 def soft_threshold(w: Tensor, threshold: Step) -> Tensor:
@@ -118,26 +119,49 @@ def group_soft_threshold(w: Tensor, threshold: Step, dim: int | Sequence[int]) -
     >>> group_soft_threshold(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 5.0]]), dim=1)
     tensor([[3.0000, 1.6220]])
     """
-    if w.numel() == 0:
-        return w.clone()
     dims = tuple(d % w.dim() for d in ([dim] if isinstance(dim, int) else dim))
-    modulus = w.abs()
-    largest = modulus.detach().amax(dims, keepdim=True)
-    scale = torch.where(largest == 0, 1.0, largest)  # no square over- or underflows
-    modulus = modulus.div_(scale)
-    if not isinstance(threshold, Tensor):
-        kept = _kept(modulus, min(threshold, torch.finfo(w.dtype).max) / scale, dims)
-    else:
+    varies = False
+    if isinstance(threshold, Tensor):
         missing = w.dim() - threshold.dim()
         varies = any(d >= missing and threshold.shape[d - missing] > 1 for d in dims)
-        kept = (_kept_in_diagonal_metric if varies else _kept)(modulus, threshold / scale, dims)
+    return w.clone() if w.numel() == 0 else threshold_groups(w, threshold, dims, varies, ALONE)
+
+
+def threshold_groups(w: Tensor, threshold: Step, dims: tuple[int, ...], varies: bool, peers: Peers) -> Tensor:
+    """`group_soft_threshold` of groups of which other processes, the `peers`, have more entries.
+
+    Args:
+        varies: the threshold differs within groups, here or there: all of them must take the same way.
+    Returns:
+        As there; no graph leads to the others' entries.
+
+    >>> threshold_groups(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), 1.0, (1,), False, ALONE)
+    tensor([[2.4000, 3.2000],
+            [0.0000, 0.0000]])
+    """
+    modulus = w.abs()
+    if not isinstance(threshold, Tensor):
+        top = torch.finfo(w.dtype).max
+        threshold = torch.full((), min(threshold, top), dtype=modulus.dtype, device=w.device)
+    # No square over- or underflows where it matters. Among peers the threshold spares an exchange of the largest entry:
+    # a norm that is infinite beside it stays as it is, and one that vanishes goes to zero.
+    scale = threshold if peers.groups and not varies else peers.max(_largest(modulus.detach(), dims))
+    scale = torch.where(scale == 0, 1.0, scale)
+    kept = (_kept_in_diagonal_metric if varies else _kept)(modulus.div_(scale), threshold / scale, dims, peers)
     return (w * kept).add_(0.0)  # adding 0.0 turns -0.0 into 0.0
 
 
-def _kept(modulus: Tensor, threshold: Tensor, dim: tuple[int, ...]) -> Tensor:
+def _kept(modulus: Tensor, threshold: Tensor, dim: tuple[int, ...], peers: Peers) -> Tensor:
     """u/w for one threshold a group."""
-    norm = torch.linalg.vector_norm(modulus, dim=dim, keepdim=True)
+    norm = peers.norms(modulus, dim)
     return (1 - threshold / torch.where(norm == 0, 1.0, norm)).clamp(min=0)
+
+
+def _largest(modulus: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """The maximum over these dimensions, 0 of nothing."""
+    if modulus.numel():
+        return modulus.amax(dim, keepdim=True)
+    return modulus.new_zeros([1 if d in dim else size for d, size in enumerate(modulus.shape)])
 
 
 BISECTIONS, NEWTON_STEPS = 4, 6
@@ -145,7 +169,7 @@ BISECTIONS, NEWTON_STEPS = 4, 6
 Newton alone would need 14 steps."""
 
 
-def _kept_in_diagonal_metric(modulus: Tensor, threshold: Tensor, dim: tuple[int, ...]) -> Tensor:
+def _kept_in_diagonal_metric(modulus: Tensor, threshold: Tensor, dim: tuple[int, ...], peers: Peers) -> Tensor:
     """u/w = r/(r + t) with ‖w/(r + t)‖ = 1.
 
     1/‖w/(r + t)‖ is concave and increasing in r, so Newton's method on it never passes the root, from wherever it
@@ -160,7 +184,7 @@ def _kept_in_diagonal_metric(modulus: Tensor, threshold: Tensor, dim: tuple[int,
         part = torch.mul(modulus, inverse, out=b)
         squares = torch.mul(part, part, out=b)
         square = squares.sum(dim, keepdim=True)
-        slope = torch.mul(squares, inverse, out=b).sum(dim, keepdim=True)
+        square, slope = peers.sums(square, torch.mul(squares, inverse, out=b).sum(dim, keepdim=True))
         square, slope = torch.where(square == 0, 1.0, square), torch.where(slope == 0, 1.0, slope)
         norm = square.sqrt()
         return norm, radius + (norm - 1) * square / slope
@@ -168,11 +192,12 @@ def _kept_in_diagonal_metric(modulus: Tensor, threshold: Tensor, dim: tuple[int,
     with torch.no_grad():
         # ‖u‖ is no less than that of the soft threshold; from there on every |w|/(r + t) is at most 1.
         above = (modulus - threshold).relu_()
-        low = above.mul_(above).sum(dim, keepdim=True).sqrt()
+        low = above.mul_(above).sum(dim, keepdim=True)
         # Two buffers for all steps: in fresh memory a CPU takes page faults, which cost more than the arithmetic.
         # vmap cannot write into memory that is given.
         a, b = (None, None) if is_transformed() else (above, torch.empty_like(above))
-        high = torch.mul(modulus, modulus, out=b).sum(dim, keepdim=True).sqrt()
+        low, high = peers.sums(low, torch.mul(modulus, modulus, out=b).sum(dim, keepdim=True))
+        low, high = low.sqrt(), high.sqrt()
         norm, bound = newton(low, a, b)
         zero = (low == 0) & (norm <= 1)
         low = torch.maximum(low, bound)

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from torchreg import checks
+from torchreg.checks import Step
+from torchreg.functional import group_soft_threshold, threshold_groups
+from torchreg.shards import Peers, Shard
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,14 @@ class Groups(ABC):
         dim = self.dim(w)
         return tuple(1 if d in dim else size for d, size in enumerate(w.shape))
 
+    def whole_shape(self, w: Tensor) -> tuple[int, ...]:
+        """`shape` of the whole weight of which `w` is all, or a process's part."""
+        return self.shape(w)
+
+    def part(self, x: Tensor) -> Tensor:
+        """Of one number a group of the whole weight, those of the groups in `w`."""
+        return x
+
     def size(self, w: Tensor) -> int:
         """The number of entries in each group."""
         return math.prod([w.shape[d] for d in self.dim(w)])
@@ -56,6 +67,14 @@ class Groups(ABC):
     def norms(self, w: Tensor) -> Tensor:
         """‖w_g‖₂ of every group, real, in `shape(w)`. Its gradient at a group of zeros is 0."""
         return torch.linalg.vector_norm(w, dim=self.dim(w), keepdim=True)
+
+    def total(self, x: Tensor) -> Tensor:
+        """Σ of one number a group, in `shape(w)`."""
+        return x.sum()
+
+    def soft_threshold(self, w: Tensor, step: Step, radius: Step) -> Tensor:
+        """`functional.group_soft_threshold` of these groups with step·radius, the radius being one number a group."""
+        return group_soft_threshold(w, step * radius, self.dim(w))
 
 
 @dataclass(frozen=True)
@@ -90,6 +109,51 @@ class Columns(Groups):
         return (0, *range(2, w.dim()))
 
 
+@dataclass(frozen=True)
+class Divided(Groups):
+    """The groups of a sharded weight, seen from the part of one process: some reach across to others.
+
+    Only what is summed over such a group is exchanged: one number a group, and never a weight.
+
+    Args:
+        groups: those of the whole weight.
+        shard: how that is divided.
+    Shape:
+        w: this process's part.
+    """
+
+    groups: Groups
+    shard: Shard
+
+    def _dim(self, w: Tensor) -> tuple[int, ...]:
+        return self.groups._dim(w)
+
+    def size(self, w: Tensor) -> int:
+        return math.prod([self.shard.shape[d] for d in self.dim(w)])
+
+    def whole_shape(self, w: Tensor) -> tuple[int, ...]:
+        dim = self.dim(w)
+        return tuple(1 if d in dim else size for d, size in enumerate(self.shard.shape))
+
+    def part(self, x: Tensor) -> Tensor:
+        return self.shard.part(x)
+
+    def norms(self, w: Tensor) -> Tensor:
+        return self._peers(w).norms(w, self.dim(w))
+
+    def total(self, x: Tensor) -> Tensor:
+        return self._peers(x).once(x.sum())
+
+    def soft_threshold(self, w: Tensor, step: Step, radius: Step) -> Tensor:
+        # A process with a single row must not take a step for each weight for one number a group.
+        varies = isinstance(step, Tensor) and step.dim() > 0
+        return threshold_groups(w, step * radius, self.dim(w), varies, self._peers(w))
+
+    def _peers(self, w: Tensor) -> Peers:
+        """The processes that have other parts of the same groups."""
+        return self.shard.across(self.dim(w))
+
+
 class GroupWeights(tuple[float, ...]):
     """One factor ≥ 0 a group. Equal by value; remembers its tensors, so that a training step transfers nothing."""
 
@@ -120,7 +184,7 @@ class GroupWeights(tuple[float, ...]):
         Raises:
             ValueError: `w` has another number of groups.
         """
-        shape = groups.shape(w)
+        shape = groups.whole_shape(w)
         if len(self) != math.prod(shape):
             raise ValueError(
                 f"group_weights has {len(self)} entries, and a weight of shape {tuple(w.shape)} has "
@@ -130,4 +194,4 @@ class GroupWeights(tuple[float, ...]):
         if key not in self._tensors:
             with torch.inference_mode(False):  # a tensor made in inference mode could never meet autograd
                 self._tensors[key] = torch.tensor(list(self), dtype=key[1], device=key[0])
-        return self._tensors[key].view(shape)
+        return groups.part(self._tensors[key].view(shape))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from torchreg import checks, selection, tables, totals, units
+from torchreg import checks, selection, shards, tables, totals, units
 from torchreg.checks import Step
 from torchreg.penalties import Penalty
 from torchreg.selection import WRAPPED, Inventory, Parts, Selected, Selector
@@ -136,6 +136,8 @@ class Regularizer:
 
     def __call__(self, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Σ of all terms: a 0-d tensor, float32 or wider, with a gradient for the parameters on the loss route.
+
+        With sharded weights every process has to call it, and has the total of the whole (`docs/many-processes.md`).
 
         Args:
             parameters: other weights by name, instead of the model's: those given to `torch.func.functional_call`. The
@@ -475,7 +477,8 @@ class Regularizer:
             path, _, attribute = bound.name.rpartition(".")
             if bound.name in places:
                 entry, owner = places[bound.name]
-                found.append(Selected(bound.name, owner, attribute, [p for p in entry.places if p[0] != bound.name]))
+                ties = [place for place in entry.places if place[0] != bound.name]
+                found.append(Selected(bound.name, owner, attribute, ties, entry.exchange))
             elif path in modules and hasattr(modules[path], attribute):
                 found.append(Selected(bound.name, modules[path], attribute))
             else:
@@ -489,7 +492,7 @@ class Regularizer:
         self._settle()
         if self._plan is not None and not any(is_lazy(p) for p in self._model.parameters()):
             self._bind(Inventory(self._model))
-        if any(modules.get(key) is not child for modules, key, child in self._edges):
+        if any(modules.get(key) is not child or type(child) is not kind for modules, key, child, kind in self._edges):
             self._follow()
         self._check_ties()
         if materialized and self._plan is not None:
@@ -501,7 +504,7 @@ class Regularizer:
         return self._bounds
 
     def _follow(self) -> None:
-        """A module was replaced: goes on if it was only wrapped, and refuses if it is another one."""
+        """A module was replaced, or became another type: goes on if it was only wrapped or sharded, else refuses."""
         before = {bound.name: bound.selected.owner for bound in self._bounds}
         modules = dict(selection.named_modules(self._model))
         for name, owner in before.items():
@@ -511,6 +514,9 @@ class Regularizer:
                     f"module {path!r} was replaced after the Regularizer was built, so {name} is no longer part of "
                     "the model; build a new Regularizer (and optimizer) for the model as it is now"
                 )
+        exchanged = shards.exchanged(self._model)
+        for bound in self._bounds:
+            bound.selected.exchange = exchanged.get((id(bound.selected.owner), bound.selected.attribute))
         self._edges = _edges(self._model)
 
     def _check_ties(self) -> None:
@@ -674,9 +680,11 @@ def _given(parameters: Mapping[str, Tensor], bounds: list[Bound]) -> list[Tensor
     return found
 
 
-def _edges(model: nn.Module) -> list[tuple[dict[str, nn.Module | None], str, nn.Module | None]]:
-    """Every parent-to-child link of the model: if none has changed, no module was replaced."""
-    return [(m._modules, key, child) for m in model.modules() for key, child in m._modules.items()]
+def _edges(model: nn.Module) -> list[tuple[dict[str, nn.Module | None], str, nn.Module | None, type]]:
+    """Every parent-to-child link of the model: if none has changed, no module was replaced, nor sharded, its type."""
+    root: dict[str, nn.Module | None] = {"": model}
+    links = [(m._modules, key, child) for m in model.modules() for key, child in m._modules.items()]
+    return [(modules, key, child, type(child)) for modules, key, child in [(root, "", model), *links]]
 
 
 def _caveats(bound: Bound, norms: Mapping[int, str], by_prox: bool) -> Iterator[str]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
+from torchreg import shards
 from torchreg.tables import printable
 
 Predicate = Callable[[str, nn.Module, nn.Parameter], bool]
@@ -54,19 +55,21 @@ class Selected:
         owner: the module that holds it.
         attribute: its name in that module.
         ties: the other places of the same tensor, where it is tied: (name, owner).
+        exchange: what `fully_shard` keeps of it, whose shard it is during forward and backward too.
     """
 
     name: str
     owner: nn.Module
     attribute: str
     ties: list[tuple[str, nn.Module]] = field(default_factory=list)
+    exchange: Any = None
 
     @property
     def parameter(self) -> Tensor:
         """The parameter as it is now; the tensor that a parametrization computes, where one was registered since."""
         parameter = self.owner._parameters.get(self.attribute)
         if parameter is not None:
-            return parameter
+            return parameter if self.exchange is None else shards.at_rest(parameter, self.exchange)
         tensor = getattr(self.owner, self.attribute, None)
         if not isinstance(tensor, Tensor):
             raise RuntimeError(
@@ -107,13 +110,15 @@ def named_parameters(model: nn.Module) -> list[Selected]:
             f"expected the model, an nn.Module, got {type(model).__name__}; for a tensor call the penalty: L1(1e-4)(w)"
         )
     seen: dict[int, Selected] = {}
+    exchanged = shards.exchanged(model)
     for prefix, module in named_modules(model):
         for attribute, parameter in module._parameters.items():
             if parameter is None:
                 continue
             name = join(prefix, attribute)
             if id(parameter) not in seen:
-                seen[id(parameter)] = Selected(name, module, attribute)
+                held = exchanged.get((id(module), attribute))
+                seen[id(parameter)] = Selected(name, module, attribute, exchange=held)
             elif name not in seen[id(parameter)].names:
                 seen[id(parameter)].ties.append((name, module))
     return list(seen.values())

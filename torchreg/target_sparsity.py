@@ -14,6 +14,7 @@ from torchreg import checks
 from torchreg.groups import Groups
 from torchreg.regularizer import Regularizer
 from torchreg.schedules import Curve
+from torchreg.shards import local, shard_of
 from torchreg.terms import Bound
 
 FIRST = 0.01
@@ -44,7 +45,8 @@ class TargetSparsity:
 
     In the last steps, the `finish`, the zeros are set: as many as wished, to the weight, the smallest |w| of all. They
     stay zero at every `step()`, and the factor is 0, so that the weights that are left train without the penalty. To
-    train on after the end, call `step()` on, or `freeze_zeros`.
+    train on after the end, call `step()` on, or `freeze_zeros`. Sharded weights are gathered for each reading, one at a
+    time, so that the zeros are those of one process; every process calls `step()`.
 
     Args:
         regularizer: whose factors to move; a proximal optimizer carries it already.
@@ -223,12 +225,12 @@ class TargetSparsity:
 
     def _sizes(self, bound: Bound, zero: Tensor, too_many: bool) -> Tensor:
         """By what a unit is chosen, the least first; of too many zeros those are let go that have the most gradient."""
-        parameter = bound.parameter().detach()
+        parameter, anchor = _whole(bound)
         if not too_many:
-            w = parameter - _anchor(bound)
+            w = parameter - anchor
         else:
             gradient = bound.parameter().grad
-            w = torch.zeros_like(parameter) if gradient is None else gradient
+            w = torch.zeros_like(parameter) if gradient is None else checks.unsharded(gradient)
         size = checks.widened(w).abs()
         if self._groups is not None:
             size = self._groups.norms(size) / math.sqrt(self._groups.size(size))
@@ -236,8 +238,10 @@ class TargetSparsity:
 
     def _hold(self) -> None:
         for bound in self._bounds():
-            parameter = bound.parameter()
-            parameter.copy_(torch.where(self._kept[bound.name], _anchor(bound), parameter))
+            w, anchor, kept = bound.parameter(), _anchor(bound), self._kept[bound.name]
+            if (shard := shard_of(w)) is not None:
+                w, anchor, kept = local(w), local(anchor), shard.part(kept)
+            w.copy_(torch.where(kept, anchor, w))
 
     # ------------------------------------------------------------------ reading
 
@@ -248,7 +252,8 @@ class TargetSparsity:
         """Of each parameter, which units are zero; toward w₀, which are at w₀."""
         found = []
         for bound in self._bounds():
-            live = bound.parameter().detach() != _anchor(bound)
+            w, anchor = _whole(bound)
+            live = w != anchor
             if self._groups is not None:
                 live = live.any(dim=self._groups.dim(live), keepdim=True)
             found.append(~live)
@@ -288,8 +293,6 @@ class TargetSparsity:
         held = {id_ for route in self.regularizer._live_routes() for id_ in route.held()}
         for bound in self._bounds():
             parameter = bound.parameter()
-            if checks.is_sharded(parameter):
-                raise ValueError(f"{bound.name} is sharded, and TargetSparsity ranks whole weights; use a Schedule")
             if id(parameter) not in held:
                 raise ValueError(
                     f"no proximal optimizer carries {bound.name}, and a penalty in the loss makes no zeros; build the "
@@ -351,11 +354,16 @@ class TargetSparsity:
         )
 
 
+def _whole(bound: Bound) -> tuple[Tensor, Tensor]:
+    """The weight, and what counts as zero; gathered where it is sharded, as the smallest of all weights are wanted."""
+    return checks.unsharded(bound.parameter().detach()), checks.unsharded(_anchor(bound))
+
+
 def _anchor(bound: Bound) -> Tensor:
     """What counts as zero: 0, or w₀."""
     parameter = bound.parameter()
     return (
         torch.zeros((), dtype=parameter.dtype, device=parameter.device)
         if bound.anchor is None
-        else bound.anchor.to(parameter)
+        else bound.anchor.to(parameter.dtype)
     )

@@ -12,6 +12,7 @@ from torchreg import checks
 from torchreg.penalties import Penalty
 from torchreg.penalties.toward import Toward
 from torchreg.selection import Selected
+from torchreg.shards import is_laid_out_as, laid_out_as
 
 
 class Term:
@@ -113,8 +114,8 @@ class Bound:
         return penalty if self.anchor is None else Toward(penalty, self.anchor)
 
     def parameter(self) -> Tensor:
-        """The parameter as it is now, with the anchor on its device."""
+        """The parameter as it is now, with the anchor on its device, and divided among processes as it is."""
         parameter = self.selected.parameter
-        if self.anchor is not None and self.anchor.device != parameter.device and not parameter.is_meta:
-            self.anchor, self._cached = self.anchor.to(parameter.device), None
+        if self.anchor is not None and not parameter.is_meta and not is_laid_out_as(self.anchor, parameter):
+            self.anchor, self._cached = laid_out_as(self.anchor, parameter), None
         return parameter

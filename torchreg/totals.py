@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchreg.kernels import soft
 from torchreg.penalties import Penalty
+from torchreg.shards import Peers, local, shard_of
 
 Item = tuple[str, Tensor, Penalty]
 """A key, a weight and its penalty; values are summed by key."""
@@ -24,6 +25,23 @@ class Batch(NamedTuple):
 
 def values(items: Iterable[Item]) -> Iterator[tuple[str, Tensor]]:
     """(key, value) of parts that sum to the penalties, and that autograd can follow."""
+    whole, parts = _divided(items)
+    yield from _values(whole)
+    yield from _sharded(parts)
+
+
+def _sharded(parts: dict[Peers, list[Item]]) -> Iterator[tuple[str, Tensor]]:
+    """The same of sharded weights: one exchange for all those of a key that are divided among the same processes."""
+    for peers, own in parts.items():
+        sums: dict[str, list[Tensor]] = {}
+        for key, value in _values(own):
+            sums.setdefault(key, []).append(value)
+        for key, found in sums.items():
+            dtype = torch.float64 if any(value.dtype == torch.float64 for value in found) else torch.float32
+            yield key, peers.sum(torch.stack([value.to(found[0].device, dtype) for value in found]).sum())
+
+
+def _values(items: Iterable[Item]) -> Iterator[tuple[str, Tensor]]:
     batches, rest = _batched(items)
     for key, batch in batches:
         yield key, soft.value(*batch)
@@ -32,12 +50,27 @@ def values(items: Iterable[Item]) -> Iterator[tuple[str, Tensor]]:
         yield key, penalty.__call__(w)
 
 
+def _divided(items: Iterable[Item]) -> tuple[list[Item], dict[Peers, list[Item]]]:
+    """What this process has all of; and its parts of sharded weights, by the processes that have the others."""
+    whole: list[Item] = []
+    parts: dict[Peers, list[Item]] = {}
+    for key, w, penalty in items:
+        shard = shard_of(w)
+        if shard is None:
+            whole.append((key, w, penalty))
+        else:
+            parts.setdefault(shard.peers, []).append((key, local(w), penalty._on(shard)))
+    return whole, parts
+
+
 def add_gradients_(items: Iterable[Item]) -> Iterator[tuple[str, Tensor]]:
     """Adds the gradients to `.grad`, as `backward()` of the sum would, and gives the values without a graph."""
     # The caller may well be in no_grad: the gradients are asked for all the same.
     with torch.inference_mode(False), torch.enable_grad():
-        batches, rest = _batched(items, into_grad=True)
+        whole, parts = _divided(items)
+        batches, rest = _batched(whole, into_grad=True)
         ones = [(key, penalty(w)) for key, w, penalty in rest]
+        ones += _sharded(parts)
         followed = [value for _, value in ones if value.requires_grad]
         if followed:
             torch.autograd.backward(followed)

@@ -271,7 +271,7 @@ def freeze_zeros(regularizer: Regularizer, optimizer: Optimizer) -> FrozenZeros:
     kept = []
     for bound in bounds:
         parameter = bound.parameter()
-        anchor = None if bound.anchor is None else bound.anchor.to(parameter)
+        anchor = None if bound.anchor is None else bound.anchor.to(parameter.dtype)
         zero = parameter == (0 if anchor is None else anchor)
         kept.append((parameter, zero, anchor))
         for key, value in optimizer.state.get(parameter, {}).items():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adafactor, Adagrad, AdamW, Optimizer
 
+from torchreg import checks
 from torchreg.checks import Step
 from torchreg.optim.rounding import NARROW
 from torchreg.optim.step_sizes import PIECE, STEP_SIZES, Diagonal, StepSize, present_step, step_size_of
@@ -337,6 +338,11 @@ class Attachment(Prox):
                 raise ValueError(
                     f"{bound.name} has sparse gradients, as its {type(owner).__name__} was asked to give, and {kind} "
                     "takes none; build it with sparse=False, or use SGD or Adagrad"
+                )
+            if optimizer.defaults.get("differentiable") and checks.is_sharded(bound.parameter()):
+                raise ValueError(
+                    f"{bound.name} is sharded, and {kind} differentiable: a sharded weight's prox has no graph; leave "
+                    "differentiable=False, or keep the model on one process"
                 )
             if bound.parameter().is_complex() and isinstance(self.step_size, Diagonal):
                 raise ValueError(

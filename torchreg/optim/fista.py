@@ -101,6 +101,11 @@ class FISTA(Proximal):
         assert isinstance(self.attachment, Attachment)
         try:
             for bound in self.attachment.held().values():
+                if checks.is_sharded(bound.parameter()):
+                    raise ValueError(
+                        f"{bound.name} is sharded, and the line search needs the whole loss and all gradients in one "
+                        "process; use ProxSGD or ProxAdam"
+                    )
                 if not bound.penalty.convex:
                     raise ValueError(
                         f"{bound.name} has the penalty {bound.penalty!r}, which is not convex: momentum and the line "

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.nn import Parameter
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from torchreg import checks
 from torchreg.kernels.choice import native
 from torchreg.kernels.native import DTYPES, Library
 from torchreg.kernels.soft import Soft, matches, serves
@@ -20,6 +22,7 @@ from torchreg.kernels.steps import AdamNumbers, SGDNumbers, Tables
 from torchreg.optim.rounding import NARROW, Rounding
 from torchreg.optim.step_sizes import Followed, _number
 from torchreg.penalties import Penalty
+from torchreg.shards import is_laid_out_as, local
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -44,6 +47,7 @@ class Rows:
     Attributes:
         slots: (state, name, buffer) of every buffer.
         memory, pointers: every tensor of the tables but the gradients, and where it lay.
+        sharded: some are sharded, and it is the parts of this process that the tables point to.
         units: (row, state, a, b, p, q) of each regularized parameter with a momentum: see `OnePass.unit`.
     """
 
@@ -56,6 +60,7 @@ class Rows:
     slots: list[tuple[State, str, Tensor]] = field(default_factory=list)
     memory: list[Tensor] = field(default_factory=list)
     pointers: list[int] = field(default_factory=list)
+    sharded: bool = False
     layouts: list[Layout] = field(default_factory=list)
     units: list[tuple[int, State, tuple[float, float, float, float]]] = field(default_factory=list)
     tables: Tables = field(default_factory=Tables)
@@ -67,7 +72,7 @@ class Rows:
             and _same(states, self.states)
             and settings == self.settings
             and all(state.get(name) is buffer for state, name, buffer in self.slots)
-            and [memory.data_ptr() for memory in self.memory] == self.pointers
+            and [w.data_ptr() for w in (map(_memory, self.memory) if self.sharded else self.memory)] == self.pointers
         )
 
     def strengthen(self, asked: list[Any]) -> bool:
@@ -87,12 +92,13 @@ class Rows:
         self.asked, self.softs = asked, known
         return True
 
-    def point_to(self, gradients: list[Tensor]) -> bool:
+    def point_to(self, gradients: Sequence[Tensor | None]) -> bool:
         """The gradients are in the tables; False where C cannot read one in the order of its weight."""
         addresses, width, device = self.tables.addresses, self.tables.address_width, self.memory[0].device
         for i, (gradient, (dtype, stride, size)) in enumerate(zip(gradients, self.layouts, strict=True)):
             if (
-                type(gradient) is not Tensor
+                gradient is None
+                or type(gradient) is not Tensor
                 or gradient.dtype is not dtype
                 or gradient.layout is not torch.strided
                 or gradient.stride() != stride
@@ -147,7 +153,12 @@ class OnePass(ABC):
         if known is None or not (known.stand(parameters, states, settings) and known.strengthen(asked)):
             self._rows = self._made(optimizer, groups, parameters, states, settings, asked, rounding)
         rows = self._rows
-        if rows is None or not (rows.point_to(gradients) and rows.follow()):
+        if rows is None:
+            return False
+        parts: Sequence[Tensor | None] = gradients
+        if rows.sharded:
+            parts = [_here(gradient, parameter) for gradient, parameter in zip(gradients, parameters, strict=True)]
+        if not (rows.point_to(parts) and rows.follow()):
             return False
         lrs = [_number(group["lr"]) for group in groups]
         if lrs != rows.lrs:
@@ -155,7 +166,7 @@ class OnePass(ABC):
             for row, lr in enumerate(lrs):
                 rows.tables.numbers[row * rows.tables.number_width + 1] = lr
         rows.tables.run(self.kernel(library), library)
-        increment_version(parameters)
+        increment_version(parameters if not rows.sharded else [*parameters, *map(_memory, parameters)])
         return True
 
     # ------------------------------------------------------------------ what differs by optimizer
@@ -207,25 +218,32 @@ class OnePass(ABC):
             names = self.buffers(group)
             if soft is None or not self.takes(group) or any(name and state.get(name) is None for name in names):
                 return None
-            buffers = [state[name] if name else None for name in names]
             count = self.counter(state)
-            others = [buffer for buffer in buffers if buffer is not None]
-            if not (serves(parameter, soft.anchor, STEPPED) and all(matches(buffer, parameter) for buffer in others)):
+            # Of a sharded weight each process steps its own part.
+            part = _here(parameter, parameter)
+            anchor = None if soft.anchor is None else _here(soft.anchor, parameter)
+            buffers = [_here(state[name], parameter) if name else None for name in names]
+            others = [buffer for name, buffer in zip(names, buffers, strict=True) if name]
+            if part is None or any(other is None or not matches(other, part) for other in others):
+                return None
+            if not serves(part, anchor, STEPPED) or (soft.anchor is not None and anchor is None):
                 return None
             key = rounding.key(state) if parameter.dtype in NARROW else NO_KEY
             if key is None or not (count is None or _counts(count)):
                 return None
             rows.slots += [(state, name, state[name]) for name in names if name]
-            known = [w for w in (parameter, *buffers, soft.anchor, count) if w is not None]
+            rows.sharded = rows.sharded or part is not parameter
+            kept = [state[name] for name in names if name]
+            known = [w for w in (parameter, *kept, soft.anchor, count) if w is not None]
             rows.memory += known
-            rows.pointers += [w.data_ptr() for w in known]
-            rows.layouts.append((parameter.dtype, parameter.stride(), parameter.numel()))
+            rows.pointers += [_memory(w).data_ptr() for w in known]
+            rows.layouts.append((part.dtype, part.stride(), part.numel()))
             unit = self.unit(group)
             if unit is not None and asked[i] is not FREE:
                 rows.units.append((i, state, unit))
             counted = (0, 0) if count is None else (count.data_ptr(), DTYPES[count.dtype])
-            addresses = [0 if w is None else w.data_ptr() for w in (*buffers, soft.anchor)]
-            rows.tables.add((parameter.data_ptr(), 0, *addresses, *counted, parameter.numel(), DTYPES[parameter.dtype]))
+            addresses = [0 if w is None else w.data_ptr() for w in (*buffers, anchor)]
+            rows.tables.add((part.data_ptr(), 0, *addresses, *counted, part.numel(), DTYPES[part.dtype]))
             numbers.append(self.numbers(group, soft, key))
             rows.softs.append(soft)
             rows.lrs.append(_number(group["lr"]))
@@ -316,6 +334,19 @@ def with_gradients(optimizer: Optimizer) -> tuple[list[Group], list[Tensor], lis
                 parameters.append(parameter)
                 gradients.append(gradient)
     return groups, parameters, gradients
+
+
+def _here(x: Tensor, like: Tensor) -> Tensor | None:
+    """What this process has of it; None where it is divided in another way than `like`."""
+    if type(x) in (Tensor, Parameter):
+        return x if type(like) in (Tensor, Parameter) else None
+    return _memory(x) if checks.is_sharded(x) and is_laid_out_as(x, like) else None
+
+
+@torch.no_grad()
+def _memory(x: Tensor) -> Tensor:
+    """What this process has of it, as it lies there."""
+    return local(x)
 
 
 def _soft(asked: Penalty | Soft | None) -> Soft | None:

@@ -19,6 +19,7 @@ from torch.optim import ASGD, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, A
 
 from torchreg import checks
 from torchreg.checks import Step
+from torchreg.shards import local
 
 PIECE = 1 << 16
 """Weights at a time where a CPU goes through a large parameter: its processors' caches hold what belongs to them."""
@@ -80,7 +81,12 @@ class BuildUp(Followed):
         """c after this step; its first value is 1, whatever the gain."""
         state = optimizer.state[parameter]
         old = _number(state.get(self.KEY))  # a compiled step leaves a tensor
-        new = 1.0 if old is None else _number(group["momentum"]) * old + self._gain(group)
+        if old is None:
+            # Distributed checkpoints build the state by a step of zeros at lr 0, which pushes no momentum.
+            idle = not isinstance(group["lr"], Tensor) and group["lr"] == 0 and _is_zero(parameter.grad)
+            new: Any = 0.0 if idle else 1.0
+        else:
+            new = _number(group["momentum"]) * old + self._gain(group)
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
             # A fused optimizer skips a step without telling the host: neither does its momentum build up.
@@ -160,7 +166,7 @@ class AdadeltaStep(Diagonal):
 
     def _of(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor, moved: Tensor) -> Step:
         square = optimizer.state[parameter]["square_avg"]
-        moved, square = (checks.widened(x) + group["eps"] for x in (moved, square))
+        moved, square = (_here(x) + group["eps"] for x in (moved, square))
         return _number(group["lr"]) * (moved / square).sqrt()
 
 
@@ -199,9 +205,9 @@ class RMSpropStep(BuildUp, Diagonal):
 
     def __call__(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step:
         state, lr = optimizer.state[parameter], _number(group["lr"])
-        square = checks.widened(state["square_avg"])
+        square = _here(state["square_avg"])
         if group["centered"]:
-            mean = checks.widened(state["grad_avg"])
+            mean = _here(state["grad_avg"])
             square = torch.addcmul(square, mean, mean, value=-1).clamp(min=0)
         if _number(group["momentum"]) > 0:
             lr = lr * self._advanced(optimizer, group, parameter)
@@ -267,7 +273,7 @@ class AdamaxStep(AdamKin):
 
     def __call__(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step:
         _, mean, bias = self._mean(optimizer, group, parameter)
-        largest = checks.widened(optimizer.state[parameter]["exp_inf"])
+        largest = _here(optimizer.state[parameter]["exp_inf"])
         return _over(_number(group["lr"]) * (mean / bias), largest.clone(), 0.0)
 
 
@@ -416,12 +422,21 @@ def _one_less_power(base: Any, count: Any) -> Any:
     return 1 - base**count or 1.0
 
 
+def _is_zero(x: Tensor | None) -> bool:
+    return x is not None and not torch.compiler.is_compiling() and not bool(checks.unsharded(x.abs().sum()))
+
+
+def _here(x: Tensor) -> Tensor:
+    """What this process has of it, float32 or wider."""
+    return checks.widened(local(x))
+
+
 def _root(square: Tensor) -> Tensor:
     """√square in a new tensor, float32 or wider.
 
     A CPU's sqrt is ten times slower on zeros, of which a sparse net has many; 1/rsqrt is not.
     """
-    square = checks.widened(square)
+    square = _here(square)
     return square.sqrt() if square.requires_grad else square.rsqrt().reciprocal_()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchreg import checks
 from torchreg.checks import Step
 from torchreg.kernels.soft import Soft as Soft
+from torchreg.shards import Shard, local, shard_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -73,10 +74,14 @@ class Penalty(ABC):
             w: any shape, floating or complex.
         Returns:
             A 0-d real tensor that autograd can follow, in float32 or wider.
+            Of a sharded weight it is the value of the whole, on every process: all of them call this.
         Raises:
             TypeError: `w` is no tensor, or of an integer type.
         """
-        return self._value(checks.widened(checks.weights(type(self).__name__, w)))
+        shard = shard_of(checks.weights(type(self).__name__, w))
+        if shard is None:
+            return self._value(checks.widened(w))
+        return shard.peers.sum(self._on(shard)._value(checks.widened(local(w))))
 
     def prox(self, w: Tensor, step: Step) -> Tensor:
         """argmin_u ½‖u − w‖²_{1/step} + Ω(u), where ‖x‖²_{1/step} = Σ|x|²/step.
@@ -85,19 +90,30 @@ class Penalty(ABC):
             w: any shape, floating or complex.
             step: a finite number ≥ 0, or a real tensor of such that broadcasts against `w`; 0 gives `w` back.
         Returns:
-            A new tensor of `w`'s shape and dtype. The computation is in float32 or wider, then rounded once.
+            A new tensor of `w`'s shape and dtype. The computation is in float32 or wider, then rounded once. That of a
+            sharded weight is sharded as it is, and has no graph.
         Raises:
             TypeError: `w` is no floating or complex tensor, or `step` is no real number or tensor.
             ValueError: `step` is negative, infinite or NaN, or does not broadcast. (Looking at a tensor step
                 synchronizes with its device; `prox_` does not look.)
         """
-        wide = checks.widened(checks.weights(type(self).__name__, w))
-        return self._prox(wide, checks.step(step, w.shape)).to(w.dtype)
+        shard = shard_of(checks.weights(type(self).__name__, w))
+        step = checks.step(step, w.shape)
+        if shard is None:
+            return self._prox(checks.widened(w), step).to(w.dtype)
+        with torch.no_grad():
+            return shard.whole(self._local_prox(shard, local(w), step).to(w.dtype))
 
     def prox_(self, w: Tensor, step: Step) -> Tensor:
         """`prox` in place, for a training step: a tensor `step` is not looked at, so nothing synchronizes."""
-        wide = checks.widened(checks.weights(type(self).__name__, w))
+        shard = shard_of(checks.weights(type(self).__name__, w))
         step = checks.widened(step) if isinstance(step, Tensor) else checks.step(step, w.shape)
+        if shard is not None:
+            with torch.no_grad():
+                part = local(w)
+                part.copy_(self._local_prox(shard, part, step))
+            return w
+        wide = checks.widened(w)
         if torch.is_grad_enabled():
             wide = wide.clone()  # a differentiable step keeps the old weights for its backward
         return w.copy_(self._prox(wide, step))
@@ -134,10 +150,16 @@ class Penalty(ABC):
                 f"gradient has dtype {gradient.dtype} and the weights {w.dtype}; pass the data loss's gradient, "
                 "as w.grad has it"
             )
-        return self._subgradient(wide, gradient).to(w.dtype)
+        shard = shard_of(w)
+        if shard is None:
+            return self._subgradient(wide, gradient).to(w.dtype)
+        return shard.whole(self._on(shard)._subgradient(local(wide), shard.part(gradient)).to(w.dtype))
 
     def linearized(self, w: Tensor) -> Penalty:
-        """The penalty whose prox follows a step that starts at `w`: this one, unless it `linearizes`."""
+        """The penalty whose prox follows a step that starts at `w`: this one, unless it `linearizes`.
+
+        Of a sharded `w` it is that of this process's part.
+        """
         return self
 
     def check(self, w: Tensor) -> None:  # noqa: B027  most penalties take any shape
@@ -168,6 +190,21 @@ class Penalty(ABC):
     @abstractmethod
     def _prox(self, w: Tensor, step: Step) -> Tensor:
         """The prox for checked weights in float32 or wider; a tensor step is taken on trust."""
+
+    def _on(self, shard: Shard) -> Penalty:
+        """The penalty of this process's part of a weight: the parts' values sum to Ω, and their proxes make up Ω's."""
+        if self.separable:
+            return self
+        raise NotImplementedError(
+            f"{type(self).__name__} is no sum over single weights, and the weight is sharded; give it the method "
+            "_on(self, shard) that returns the penalty of a process's part, or keep the weight out of the sharding"
+        )
+
+    def _local_prox(self, shard: Shard, w: Tensor, step: Step) -> Tensor:
+        """The prox of this process's part of a weight, in float32 or wider."""
+        if isinstance(step, Tensor) and step.shape != w.shape:
+            step = shard.part(step)
+        return self._on(shard)._prox(checks.widened(w), local(step) if isinstance(step, Tensor) else step)
 
     def _with(self, **strengths: float) -> Self:
         """The same penalty with other strengths."""

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from torchreg.checks import Step
-from torchreg.functional import group_soft_threshold
-from torchreg.groups import Groups, GroupWeights, Rows
+from torchreg.groups import Divided, Groups, GroupWeights, Rows
 from torchreg.penalties.base import Penalty, indicator, largest, over
+from torchreg.shards import Shard
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class GroupPenalty(Penalty):
@@ -32,6 +35,11 @@ class GroupPenalty(Penalty):
     def check(self, w: Tensor) -> None:
         """Raises a ValueError where `w` has fewer than two dimensions, or another number of groups than weights."""
         self._weights(w)
+
+    def _on(self, shard: Shard) -> Self:
+        new = object.__new__(type(self))  # unchecked: the strengths of a compiled graph are tensors
+        new.__dict__.update(self.__dict__, groups=Divided(self.groups, shard))
+        return new
 
     def _weights(self, w: Tensor) -> Step:
         """weight_g: a number, or a tensor that broadcasts against the norms of `w`'s groups."""
@@ -84,17 +92,17 @@ class GroupLasso(GroupPenalty):
     smooth: ClassVar[bool] = False
 
     def _value(self, w: Tensor) -> Tensor:
-        return self.strength * (self._weights(w) * self.groups.norms(w)).sum()
+        return self.strength * self.groups.total(self._weights(w) * self.groups.norms(w))
 
     def _prox(self, w: Tensor, step: Step) -> Tensor:
-        return group_soft_threshold(w, step * (self.strength * self._weights(w)), self.groups.dim(w))
+        return self.groups.soft_threshold(w, step, self.strength * self._weights(w))
 
     def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
         radius = self.strength * self._weights(w)
         return torch.where(
             self.groups.norms(w) != 0,
             radius * normalized(w, self.groups),
-            -gradient + group_soft_threshold(gradient, radius, self.groups.dim(w)),  # -gradient, projected on the ball
+            -gradient + self.groups.soft_threshold(gradient, 1.0, radius),  # -gradient, projected on the ball
         )
 
     def _dual_norm(self, gradient: Tensor) -> Tensor:

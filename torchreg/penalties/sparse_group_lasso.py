@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchreg.checks import Step
-from torchreg.functional import group_soft_threshold, soft_threshold
+from torchreg.functional import soft_threshold
 from torchreg.groups import Groups, Rows
 from torchreg.penalties.base import indicator, largest, over
 from torchreg.penalties.group_lasso import GroupPenalty, normalized
@@ -62,20 +62,20 @@ class SparseGroupLasso(GroupPenalty):
     smooth: ClassVar[bool] = False
 
     def _value(self, w: Tensor) -> Tensor:
-        return self.l1 * w.abs().sum() + self.group * (self._weights(w) * self.groups.norms(w)).sum()
+        return self.l1 * w.abs().sum() + self.group * self.groups.total(self._weights(w) * self.groups.norms(w))
 
     def _prox(self, w: Tensor, step: Step) -> Tensor:
         sparse = soft_threshold(w, step * self.l1)
-        return group_soft_threshold(sparse, step * (self.group * self._weights(w)), self.groups.dim(w))
+        return self.groups.soft_threshold(sparse, step, self.group * self._weights(w))
 
     def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
-        radius, dim = self.group * self._weights(w), self.groups.dim(w)
+        radius = self.group * self._weights(w)
         left = soft_threshold(gradient, self.l1)
         return torch.where(
             w != 0,
             self.l1 * w.sgn() + radius * normalized(w, self.groups),
             # At a zero within a live group the norm is smooth, with slope 0; at a zero group it takes what it can.
-            torch.where(self.groups.norms(w) != 0, left, group_soft_threshold(left, radius, dim)) - gradient,
+            torch.where(self.groups.norms(w) != 0, left, self.groups.soft_threshold(left, 1.0, radius)) - gradient,
         )
 
     def _dual_norm(self, gradient: Tensor) -> Tensor:

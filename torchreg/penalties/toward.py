@@ -11,6 +11,7 @@ from torch import Tensor
 from torchreg import checks
 from torchreg.checks import Step
 from torchreg.penalties.base import Penalty, Soft, inner
+from torchreg.shards import Shard, local
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
@@ -67,11 +68,14 @@ class Toward(Penalty):
         return dataclasses.replace(self, penalty=self.penalty.scaled(factor))
 
     def linearized(self, w: Tensor) -> Toward:
-        wide = checks.widened(w)
-        return dataclasses.replace(self, penalty=self.penalty.linearized(wide - self.anchor.to(wide)))
+        wide = checks.widened(local(w))
+        return dataclasses.replace(self, penalty=self.penalty.linearized(wide - local(self.anchor).to(wide)))
 
     def _rounded_to(self, dtype: torch.dtype) -> Toward:
         return self if self.anchor.dtype is dtype else dataclasses.replace(self, anchor=self.anchor.to(dtype))
+
+    def _on(self, shard: Shard) -> Toward:
+        return dataclasses.replace(self, penalty=self.penalty._on(shard), anchor=shard.part(self.anchor))
 
     def _value(self, w: Tensor) -> Tensor:
         return self.penalty._value(w - self.anchor.to(w))

@@ -23,7 +23,8 @@ class WeightedL1(Penalty):
 
     Args:
         strength: λ ≥ 0, in units of loss per unit of v·|w|.
-        weights: v ≥ 0, a real tensor that broadcasts against `w`. It is not looked at.
+        weights: v ≥ 0, a real tensor that broadcasts against `w`; where `w` is sharded, against this process's part of
+            it. It is not looked at.
     Shape:
         w: any shape against which `weights` broadcasts, floating or complex.
     Source: Zou, 2006 (the adaptive lasso).
