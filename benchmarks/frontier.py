@@ -154,17 +154,18 @@ def l0(model: nn.Sequential, data: Data, course: Course) -> Networks:
 
 def l1_then_l0(model: nn.Sequential, data: Data, course: Course) -> Networks:
     """`tr.recipes.l1_then_l0`: L1 takes the neurons, L0 then takes the weights of those that are left."""
-    epoch, counts = steps_of(data, 1), list(course.counts)
-    for penalty, recipe in tr.recipes.l1_then_l0(epoch * course.down // 80):
-        reg = tr.Regularizer(model, penalty)
-        stage = next(stage for stage in recipe if isinstance(stage, tr.Regularize))  # all ways share the others
-        optimizer = tr.optim.ProxAdam(model.parameters(), lr=LR, regularizer=reg)
-        with stage.on(reg, optimizer):
-            training = train(model, optimizer, data, stage.steps // epoch + 1)
+    epoch, counts = steps_of(data, 1) * course.down // 80, list(course.counts)
+    (dense, regularize, _), curve = tr.recipes.l1_then_l0(epoch)  # all ways share the refit
+    l1, l0 = tr.Regularizer(model, tr.L1(1e-4)), tr.Regularizer(model, tr.L0(1e-5))
+    schedule = tr.Schedule(l1, curve)
+    optimizer = tr.optim.ProxAdam(model.parameters(), lr=LR, regularizer=l0)
+    for stage in (dense, regularize):
+        training = train(model, optimizer, data, stage.steps // steps_of(data, 1) + 1, l1)
+        with stage.on(l0, optimizer):
             for step, _ in zip(range(stage.steps), training, strict=False):
-                if isinstance(penalty, tr.L0) and step % 25 == 0:
+                schedule.step()
+                if stage is regularize and step % 25 == 0:
                     yield from reached(model, counts, course)
-        optimizer.attachment.remove()
 
 
 def by_magnitude(model: nn.Sequential, data: Data, course: Course) -> Networks:

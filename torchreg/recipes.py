@@ -3,41 +3,49 @@
 from __future__ import annotations
 
 from torchreg import checks
-from torchreg.penalties import L0, L1
-from torchreg.schedules import Chain, Geometric
+from torchreg.schedules import Geometric, Steps
 from torchreg.stages import Dense, Recipe, Refit, Regularize
 
 
-def l1_then_l0(
-    epoch: int, *, l1: float = 1e-4, l0: float = 1e-5, top: float = 4500.0
-) -> tuple[tuple[L1, Recipe], tuple[L0, Recipe]]:
-    """Very few weights: L1 takes the neurons, L0 then takes weights from those that are left, and a refit follows.
+def l1_then_l0(epoch: int, top: float = 4000.0) -> tuple[Recipe, Steps]:
+    """Very few weights: L1 takes the neurons, L0 the weights of those that are left, and a refit follows.
 
-    Two penalties, each with the recipe of its part, for `ProxAdam` with lr = 2e-3:
+    The recipe is for an L0 by the prox, the curve for an L1 in the loss: whole while neurons go, 0.3 of that beside L0,
+    which alone would fit the noise with the few weights left, and none in the refit. The model comes from a few epochs
+    without either.
 
-        for penalty, recipe in tr.recipes.l1_then_l0(epoch=len(loader)):
-            recipe.stages(tr.Regularizer(model, penalty)).run(fit)
+        recipe, curve = tr.recipes.l1_then_l0(epoch=len(loader))
+        l1, l0 = tr.Regularizer(model, tr.L1(1e-4)), tr.Regularizer(model, tr.L0(1e-5))
+        schedule = tr.Schedule(l1, curve)
+        recipe.stages(l0).run(fit)
 
-    Adam's metric makes L0 drop a weight where w²·√v ≤ 2·lr·λ: where the loss would miss it least. λ rises fast where
-    weights are cheap and slowly where each one counts. `benchmarks/frontier.py` goes this way with LeNet-300-100;
-    benchmarks/FRONTIER.md has what comes of it, and what was worse.
+    where `fit(model, reg, stage)` adds `l1()` to the loss, steps with `ProxAdam(..., lr=2e-3, regularizer=reg)`, and
+    calls `schedule.step()` after each step. Adam's metric makes L0 drop a weight where w²·√v ≤ 2·lr·λ: where the loss
+    would miss it least. `benchmarks/frontier.py` goes this way with LeNet-300-100; benchmarks/FRONTIER.md has what
+    comes of it, and what was worse.
 
     Args:
-        epoch: optimizer steps of an epoch. The parts take 4 epochs (dense), 80 (L1), 80 (L0) and 30 (refit).
-        l1: λ of L1, in units of loss per unit of |w|: the larger, the fewer neurons are left.
-        l0: the λ that L0 begins with, in units of loss.
-        top: the last λ of L0 over the first, more than 200: the larger, the fewer weights are left.
+        epoch: optimizer steps of an epoch. The stages take 80, 40 and 30 epochs.
+        top: λ of L0 in the end over that in the beginning: the larger, the fewer weights are left.
+    Returns:
+        The recipe, and the curve of L1's factor over all of its steps.
     Raises:
-        TypeError: `epoch` is no whole number, or another no number.
-        ValueError: `epoch` is less than 1, `l1` or `l0` negative, or `top` 200 or less.
+        TypeError: `epoch` is no whole number, or `top` no number.
+        ValueError: `epoch` is less than 1, or `top` 1 or less.
+    Source: Hazimeh and Mazumder, 2020, for L1 beside L0.
 
-    >>> for penalty, recipe in l1_then_l0(epoch=200):
-    ...     print(type(penalty).__name__, [f"{type(stage).__name__} {stage.steps:,}" for stage in recipe])
-    L1 ['Dense 800', 'Regularize 16,000']
-    L0 ['Regularize 16,000', 'Refit 6,000']
+    >>> recipe, curve = l1_then_l0(epoch=100)
+    >>> print(recipe)
+    stage  name         steps  what holds
+    -----  ----------  ------  ----------------------------------------------------------------
+    1      Dense        8,000  penalty off
+    2      Regularize   4,000  penalty on, λ times Geometric(start=1.0, end=4000.0, steps=4000)
+    3      Refit        3,000  penalty off, zeros kept
+    total              15,000
+    >>> [curve(step) for step in (0, 8000, 12000)]
+    [1.0, 0.3, 0.0]
     """
     epoch = checks.whole("epoch", epoch)
-    top = checks.above("top", top, 200, "λ rises 200 times, then slowly; pass 4500, or more for fewer weights")
-    rise = Chain(Geometric(1, 200, steps=16 * epoch), Geometric(200, top, steps=64 * epoch))
-    first = Recipe(Dense(4 * epoch), Regularize(80 * epoch))
-    return (L1(l1), first), (L0(l0), Recipe(Regularize(80 * epoch, rise), Refit(30 * epoch)))
+    top = checks.above("top", top, 1, "λ of L0 rises so many times; pass 4000, or more for fewer weights")
+    recipe = Recipe(Dense(80 * epoch), Regularize(40 * epoch, Geometric(1, top, steps=40 * epoch)), Refit(30 * epoch))
+    return recipe, Steps(1, {80 * epoch: 0.3, 120 * epoch: 0})
