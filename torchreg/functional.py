@@ -124,10 +124,10 @@ def group_soft_threshold(w: Tensor, threshold: Step, dim: int | Sequence[int]) -
     if isinstance(threshold, Tensor):
         missing = w.dim() - threshold.dim()
         varies = any(d >= missing and threshold.shape[d - missing] > 1 for d in dims)
-    return w.clone() if w.numel() == 0 else threshold_groups(w, threshold, dims, varies, ALONE)
+    return w.clone() if w.numel() == 0 else _threshold_groups(w, threshold, dims, varies, ALONE)
 
 
-def threshold_groups(w: Tensor, threshold: Step, dims: tuple[int, ...], varies: bool, peers: Peers) -> Tensor:
+def _threshold_groups(w: Tensor, threshold: Step, dims: tuple[int, ...], varies: bool, peers: Peers) -> Tensor:
     """`group_soft_threshold` of groups of which other processes, the `peers`, have more entries.
 
     Args:
@@ -135,7 +135,7 @@ def threshold_groups(w: Tensor, threshold: Step, dims: tuple[int, ...], varies: 
     Returns:
         As there; no graph leads to the others' entries.
 
-    >>> threshold_groups(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), 1.0, (1,), False, ALONE)
+    >>> _threshold_groups(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), 1.0, (1,), False, ALONE)
     tensor([[2.4000, 3.2000],
             [0.0000, 0.0000]])
     """

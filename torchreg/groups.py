@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchreg import checks
 from torchreg.checks import Step
-from torchreg.functional import group_soft_threshold, threshold_groups
+from torchreg.functional import _threshold_groups, group_soft_threshold
 from torchreg.shards import Peers, Shard
 
 
@@ -52,11 +52,11 @@ class Groups(ABC):
         dim = self.dim(w)
         return tuple(1 if d in dim else size for d, size in enumerate(w.shape))
 
-    def whole_shape(self, w: Tensor) -> tuple[int, ...]:
+    def _whole_shape(self, w: Tensor) -> tuple[int, ...]:
         """`shape` of the whole weight of which `w` is all, or a process's part."""
         return self.shape(w)
 
-    def part(self, x: Tensor) -> Tensor:
+    def _part(self, x: Tensor) -> Tensor:
         """Of one number a group of the whole weight, those of the groups in `w`."""
         return x
 
@@ -68,11 +68,11 @@ class Groups(ABC):
         """‖w_g‖₂ of every group, real, in `shape(w)`. Its gradient at a group of zeros is 0."""
         return torch.linalg.vector_norm(w, dim=self.dim(w), keepdim=True)
 
-    def total(self, x: Tensor) -> Tensor:
+    def _total(self, x: Tensor) -> Tensor:
         """Σ of one number a group, in `shape(w)`."""
         return x.sum()
 
-    def soft_threshold(self, w: Tensor, step: Step, radius: Step) -> Tensor:
+    def _soft_threshold(self, w: Tensor, step: Step, radius: Step) -> Tensor:
         """`functional.group_soft_threshold` of these groups with step·radius, the radius being one number a group."""
         return group_soft_threshold(w, step * radius, self.dim(w))
 
@@ -131,23 +131,23 @@ class Divided(Groups):
     def size(self, w: Tensor) -> int:
         return math.prod([self.shard.shape[d] for d in self.dim(w)])
 
-    def whole_shape(self, w: Tensor) -> tuple[int, ...]:
+    def _whole_shape(self, w: Tensor) -> tuple[int, ...]:
         dim = self.dim(w)
         return tuple(1 if d in dim else size for d, size in enumerate(self.shard.shape))
 
-    def part(self, x: Tensor) -> Tensor:
+    def _part(self, x: Tensor) -> Tensor:
         return self.shard.part(x)
 
     def norms(self, w: Tensor) -> Tensor:
         return self._peers(w).norms(w, self.dim(w))
 
-    def total(self, x: Tensor) -> Tensor:
+    def _total(self, x: Tensor) -> Tensor:
         return self._peers(x).once(x.sum())
 
-    def soft_threshold(self, w: Tensor, step: Step, radius: Step) -> Tensor:
+    def _soft_threshold(self, w: Tensor, step: Step, radius: Step) -> Tensor:
         # A process with a single row must not take a step for each weight for one number a group.
         varies = isinstance(step, Tensor) and step.dim() > 0
-        return threshold_groups(w, step * radius, self.dim(w), varies, self._peers(w))
+        return _threshold_groups(w, step * radius, self.dim(w), varies, self._peers(w))
 
     def _peers(self, w: Tensor) -> Peers:
         """The processes that have other parts of the same groups."""
@@ -184,7 +184,7 @@ class GroupWeights(tuple[float, ...]):
         Raises:
             ValueError: `w` has another number of groups.
         """
-        shape = groups.whole_shape(w)
+        shape = groups._whole_shape(w)
         if len(self) != math.prod(shape):
             raise ValueError(
                 f"group_weights has {len(self)} entries, and a weight of shape {tuple(w.shape)} has "
@@ -194,4 +194,4 @@ class GroupWeights(tuple[float, ...]):
         if key not in self._tensors:
             with torch.inference_mode(False):  # a tensor made in inference mode could never meet autograd
                 self._tensors[key] = torch.tensor(list(self), dtype=key[1], device=key[0])
-        return groups.part(self._tensors[key].view(shape))
+        return groups._part(self._tensors[key].view(shape))

@@ -478,7 +478,7 @@ class Regularizer:
             if bound.name in places:
                 entry, owner = places[bound.name]
                 ties = [place for place in entry.places if place[0] != bound.name]
-                found.append(Selected(bound.name, owner, attribute, ties, entry.exchange))
+                found.append(Selected(bound.name, owner, attribute, ties, entry._exchange))
             elif path in modules and hasattr(modules[path], attribute):
                 found.append(Selected(bound.name, modules[path], attribute))
             else:
@@ -516,7 +516,7 @@ class Regularizer:
                 )
         exchanged = shards.exchanged(self._model)
         for bound in self._bounds:
-            bound.selected.exchange = exchanged.get((id(bound.selected.owner), bound.selected.attribute))
+            bound.selected._exchange = exchanged.get((id(bound.selected.owner), bound.selected.attribute))
         self._edges = _edges(self._model)
 
     def _check_ties(self) -> None:

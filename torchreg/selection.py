@@ -55,21 +55,20 @@ class Selected:
         owner: the module that holds it.
         attribute: its name in that module.
         ties: the other places of the same tensor, where it is tied: (name, owner).
-        exchange: what `fully_shard` keeps of it, whose shard it is during forward and backward too.
     """
 
     name: str
     owner: nn.Module
     attribute: str
     ties: list[tuple[str, nn.Module]] = field(default_factory=list)
-    exchange: Any = None
+    _exchange: Any = None  # what `fully_shard` keeps of it: it is that shard during forward and backward too
 
     @property
     def parameter(self) -> Tensor:
         """The parameter as it is now; the tensor that a parametrization computes, where one was registered since."""
         parameter = self.owner._parameters.get(self.attribute)
         if parameter is not None:
-            return parameter if self.exchange is None else shards.at_rest(parameter, self.exchange)
+            return parameter if self._exchange is None else shards.at_rest(parameter, self._exchange)
         tensor = getattr(self.owner, self.attribute, None)
         if not isinstance(tensor, Tensor):
             raise RuntimeError(
@@ -118,7 +117,7 @@ def named_parameters(model: nn.Module) -> list[Selected]:
             name = join(prefix, attribute)
             if id(parameter) not in seen:
                 held = exchanged.get((id(module), attribute))
-                seen[id(parameter)] = Selected(name, module, attribute, exchange=held)
+                seen[id(parameter)] = Selected(name, module, attribute, _exchange=held)
             elif name not in seen[id(parameter)].names:
                 seen[id(parameter)].ties.append((name, module))
     return list(seen.values())

@@ -92,17 +92,17 @@ class GroupLasso(GroupPenalty):
     smooth: ClassVar[bool] = False
 
     def _value(self, w: Tensor) -> Tensor:
-        return self.strength * self.groups.total(self._weights(w) * self.groups.norms(w))
+        return self.strength * self.groups._total(self._weights(w) * self.groups.norms(w))
 
     def _prox(self, w: Tensor, step: Step) -> Tensor:
-        return self.groups.soft_threshold(w, step, self.strength * self._weights(w))
+        return self.groups._soft_threshold(w, step, self.strength * self._weights(w))
 
     def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
         radius = self.strength * self._weights(w)
         return torch.where(
             self.groups.norms(w) != 0,
             radius * normalized(w, self.groups),
-            -gradient + self.groups.soft_threshold(gradient, 1.0, radius),  # -gradient, projected on the ball
+            -gradient + self.groups._soft_threshold(gradient, 1.0, radius),  # -gradient, projected on the ball
         )
 
     def _dual_norm(self, gradient: Tensor) -> Tensor:

@@ -62,11 +62,11 @@ class SparseGroupLasso(GroupPenalty):
     smooth: ClassVar[bool] = False
 
     def _value(self, w: Tensor) -> Tensor:
-        return self.l1 * w.abs().sum() + self.group * self.groups.total(self._weights(w) * self.groups.norms(w))
+        return self.l1 * w.abs().sum() + self.group * self.groups._total(self._weights(w) * self.groups.norms(w))
 
     def _prox(self, w: Tensor, step: Step) -> Tensor:
         sparse = soft_threshold(w, step * self.l1)
-        return self.groups.soft_threshold(sparse, step, self.group * self._weights(w))
+        return self.groups._soft_threshold(sparse, step, self.group * self._weights(w))
 
     def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
         radius = self.group * self._weights(w)
@@ -75,7 +75,7 @@ class SparseGroupLasso(GroupPenalty):
             w != 0,
             self.l1 * w.sgn() + radius * normalized(w, self.groups),
             # At a zero within a live group the norm is smooth, with slope 0; at a zero group it takes what it can.
-            torch.where(self.groups.norms(w) != 0, left, self.groups.soft_threshold(left, 1.0, radius)) - gradient,
+            torch.where(self.groups.norms(w) != 0, left, self.groups._soft_threshold(left, 1.0, radius)) - gradient,
         )
 
     def _dual_norm(self, gradient: Tensor) -> Tensor:
