@@ -172,6 +172,8 @@ def test_a_penalty_that_torch_func_would_take_for_a_constant_warns() -> None:
         assert not grad(lambda w: w["fc1.weight"].sum() * 0 + reg())(detached(model))["fc1.weight"].any()
     with reg.disabled():
         grad(lambda w: w["fc1.weight"].sum() + reg())(detached(model))
+    torch.vmap(lambda x: x + reg())(torch.ones(2)).sum().backward()
+    assert model.fc1.weight.grad.any()  # autograd sees through vmap
     optimizer = tr.optim.ProxSGD(model.parameters(), lr=0.1, regularizer=reg)
     grad(lambda w: w["fc1.weight"].sum() + reg())(detached(model))  # no gradient is meant
     del optimizer

@@ -64,7 +64,10 @@ def test_a_python_that_is_not_installed_is_skipped_with_a_message(tmp_path):
         (tmp_path / name).symlink_to(ROOT / name)
     try:
         run = subprocess.run(
-            ["make", "test-versions", "PYTHONS=python3.0 nowhere/python"], cwd=tmp_path, capture_output=True, text=True
+            ["make", "--no-print-directory", "test-versions", "PYTHONS=python3.0 nowhere/python"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
         )
     except FileNotFoundError:
         pytest.skip("there is no make")

@@ -120,6 +120,13 @@ def is_transformed() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def is_differentiated() -> bool:
+    """This runs under a derivative of `torch.func`: through `vmap` alone autograd sees."""
+    functorch = torch._C._functorch
+    differentiating = (functorch.TransformType.Grad, functorch.TransformType.Jvp)
+    return any(level.key() in differentiating for level in functorch.get_interpreter_stack() or ())
+
+
 def is_sharded(w: Tensor) -> bool:
     """Each process has a shard of it (a DTensor)."""
     return hasattr(w, "full_tensor")

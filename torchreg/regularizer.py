@@ -154,7 +154,7 @@ class Regularizer:
         """
         bounds = self._current()
         given = None if parameters is None else _given(parameters, bounds)
-        if given is None and not torch.compiler.is_compiling() and checks.is_transformed():
+        if given is None and not torch.compiler.is_compiling() and checks.is_differentiated():
             self._warn_of_constants(bounds)
         return _total([value for _, value in totals.values(self._items(bounds, False, given))], bounds[0])
 
@@ -560,13 +560,13 @@ class Regularizer:
                 yield bound.term.key if by_term else "", w, bound.penalty
 
     def _warn_of_constants(self, bounds: list[Bound]) -> None:
-        """Warns where `torch.func` transforms other tensors than the model's, for which the penalty is a constant."""
+        """Warns where `torch.func` differentiates by other tensors than the model's, so that the penalty is a constant."""
         held = {id_ for route in self._live_routes() for id_ in route.held()}
         live = [parameter for bound in bounds if id(parameter := bound.parameter()) not in held]
         if self._enabled and live and all(torch._C._functorch.maybe_get_level(w) == -1 for w in live):
             warnings.warn(
-                "reg() reads the model's own parameters, which torch.func does not transform here: the penalty has no "
-                "gradient. Pass those of functional_call: reg(parameters)",
+                "reg() reads the model's own parameters, by which torch.func does not differentiate here: the penalty "
+                "has no gradient. Pass those of functional_call: reg(parameters)",
                 stacklevel=3,
             )
 
