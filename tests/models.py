@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -17,6 +18,14 @@ from torchreg.optim import Attachment
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 """The version of torch, such as (2, 6)."""
+
+SHARDS = (
+    torch.distributed.is_available()
+    and torch.distributed.is_gloo_available()
+    and sys.platform != "win32"
+    and hasattr(torch.cpu.Stream, "record_event")
+)
+"""Processes on gloo can share weights by `fully_shard`; that of torch 2.6 fails on a CPU."""
 
 
 @dataclass(frozen=True, repr=False)

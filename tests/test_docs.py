@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.models import SHARDS
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 EXAMPLE = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.DOTALL)
@@ -20,6 +22,8 @@ def test_the_pages_are_found():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_example_prints_what_the_page_says(page):
+    if page.stem == "many-processes" and not SHARDS:
+        pytest.skip("processes on gloo, with a fully_shard that runs on a CPU")
     names: dict[str, object] = {}  # a page reads from top to bottom
     for code, expected in EXAMPLE.findall(page.read_text(encoding="utf-8")):
         printed = io.StringIO()

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+from tests.models import SHARDS
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "mnist_fsdp.py"
 EPOCH = re.compile(r"^epoch (\d+): accuracy ([\d.]+)%, zeros ([\d.]+)%", re.M)
@@ -21,10 +22,7 @@ sys.path.insert(0, os.path.dirname(script))
 runpy.run_path(script, run_name="__main__")
 """
 
-pytestmark = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()) or sys.platform == "win32",
-    reason="processes on gloo",
-)
+pytestmark = pytest.mark.skipif(not SHARDS, reason="processes on gloo, with a fully_shard that runs on a CPU")
 
 
 def run(folder, processes, epochs):

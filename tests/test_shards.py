@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import multiprocessing
-import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -16,13 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import torchreg as tr
+from tests.models import SHARDS
 from torchreg import checks, shards
 from torchreg.kernels import choice
 
-pytestmark = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()) or sys.platform == "win32",
-    reason="processes on gloo",
-)
+pytestmark = pytest.mark.skipif(not SHARDS, reason="processes on gloo, with a fully_shard that runs on a CPU")
 
 STEPS = 10
 

@@ -560,7 +560,7 @@ class Regularizer:
                 yield bound.term.key if by_term else "", w, bound.penalty
 
     def _warn_of_constants(self, bounds: list[Bound]) -> None:
-        """Warns where `torch.func` differentiates by other tensors than the model's, so that the penalty is a constant."""
+        """Warns where `torch.func` differentiates by other tensors than the model's: a constant penalty."""
         held = {id_ for route in self._live_routes() for id_ in route.held()}
         live = [parameter for bound in bounds if id(parameter := bound.parameter()) not in held]
         if self._enabled and live and all(torch._C._functorch.maybe_get_level(w) == -1 for w in live):
