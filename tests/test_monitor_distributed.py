@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -14,13 +13,10 @@ import torch
 from torch import nn
 
 import torchreg as tr
-from tests.models import batch, mlp
+from tests.models import SHARDS, batch, mlp
 from tests.test_monitor import pictures, scalars, texts
 
-pytestmark = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()) or sys.platform == "win32",
-    reason="two processes on gloo",
-)
+pytestmark = pytest.mark.skipif(not SHARDS, reason="processes on gloo, with a fully_shard that runs on a CPU")
 
 
 def model() -> nn.Module:
