@@ -69,7 +69,7 @@ class Course(NamedTuple):
 
 COURSES = {
     "LeNet-300-100": Course(lenet_300_100, counts=(13_310, 6_338, 3_060, 2_662), dense=4, down=80, refit=30),
-    "LeNet-5": Course(lenet_5, counts=(6_147, 3_073, 1_536), dense=2, down=20, refit=6),
+    "LeNet-5": Course(lenet_5, counts=(6_147, 3_073, 1_536), dense=2, down=12, refit=4),
 }
 
 

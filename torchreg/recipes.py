@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from torchreg import checks
-from torchreg.schedules import Chain, Geometric, Steps
+from torchreg.schedules import Geometric, Steps
 from torchreg.stages import Dense, Recipe, Refit, Regularize
 
 
-def l1_then_l0(epoch: int, top: float = 2500.0) -> tuple[Recipe, Steps]:
+def l1_then_l0(epoch: int, top: float = 4000.0) -> tuple[Recipe, Steps]:
     """Very few weights: L1 takes the neurons, L0 the weights of those that are left, and a refit follows.
 
     The recipe is for an L0 by the prox, the curve for an L1 in the loss: whole while neurons go, 0.3 of that beside L0,
@@ -21,28 +21,31 @@ def l1_then_l0(epoch: int, top: float = 2500.0) -> tuple[Recipe, Steps]:
 
     where `fit(model, reg, stage)` adds `l1()` to the loss, steps with `ProxAdam(..., lr=2e-3, regularizer=reg)`, and
     calls `schedule.step()` after each step. Adam's metric makes L0 drop a weight where w²·√v ≤ 2·lr·λ: where the loss
-    would miss it least. λ rises fast where weights are cheap, and slowly where each one counts.
-    `benchmarks/frontier.py` goes this way with LeNet-300-100; benchmarks/FRONTIER.md has what comes of it, and what was
-    worse.
+    would miss it least. `benchmarks/frontier.py` goes this way with LeNet-300-100; benchmarks/FRONTIER.md has what
+    comes of it, and what was worse.
 
     Args:
-        epoch: optimizer steps of an epoch. The stages take 80, 80 and 30 epochs.
-        top: λ of L0 in the end over that in the beginning, more than 100: the larger, the fewer weights are left.
+        epoch: optimizer steps of an epoch. The stages take 80, 40 and 30 epochs.
+        top: λ of L0 in the end over that in the beginning: the larger, the fewer weights are left.
     Returns:
         The recipe, and the curve of L1's factor over all of its steps.
     Raises:
         TypeError: `epoch` is no whole number, or `top` no number.
-        ValueError: `epoch` is less than 1, or `top` 100 or less.
+        ValueError: `epoch` is less than 1, or `top` 1 or less.
     Source: Hazimeh and Mazumder, 2020, for L1 beside L0.
 
     >>> recipe, curve = l1_then_l0(epoch=100)
-    >>> [f"{type(stage).__name__} {stage.steps:,}" for stage in recipe]
-    ['Dense 8,000', 'Regularize 8,000', 'Refit 3,000']
-    >>> [curve(step) for step in (0, 8000, 16000)]
+    >>> print(recipe)
+    stage  name         steps  what holds
+    -----  ----------  ------  ----------------------------------------------------------------
+    1      Dense        8,000  penalty off
+    2      Regularize   4,000  penalty on, λ times Geometric(start=1.0, end=4000.0, steps=4000)
+    3      Refit        3,000  penalty off, zeros kept
+    total              15,000
+    >>> [curve(step) for step in (0, 8000, 12000)]
     [1.0, 0.3, 0.0]
     """
     epoch = checks.whole("epoch", epoch)
-    top = checks.above("top", top, 100, "λ rises 100 times, then slowly; pass 2500, or more for fewer weights")
-    rise = Chain(Geometric(1, 100, steps=16 * epoch), Geometric(100, top, steps=64 * epoch))
-    recipe = Recipe(Dense(80 * epoch), Regularize(80 * epoch, rise), Refit(30 * epoch))
-    return recipe, Steps(1, {80 * epoch: 0.3, 160 * epoch: 0})
+    top = checks.above("top", top, 1, "λ of L0 rises so many times; pass 4000, or more for fewer weights")
+    recipe = Recipe(Dense(80 * epoch), Regularize(40 * epoch, Geometric(1, top, steps=40 * epoch)), Refit(30 * epoch))
+    return recipe, Steps(1, {80 * epoch: 0.3, 120 * epoch: 0})
