@@ -293,6 +293,7 @@ def test_text_has_summary_strengths_and_glossary(page, links, job):
         expect(mine).to_have_count(3)
         summary, regularizer, glossary = mine.all()
         row = job.rows[name]
+        expect(summary.locator("tr")).to_have_count(len(WEIGHTS) + 2)  # it comes in its own time
         table = [cells(line.locator("th, td")) for line in summary.locator("tr").all()]
         assert table[0] == ["weight", "shape", "left", "zeros", "dead inputs", "dead neurons"]
         assert [line[0] for line in table[1:]] == [*WEIGHTS, "total"]
