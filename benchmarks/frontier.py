@@ -1,16 +1,18 @@
-"""How few weights LeNet-300-100 needs on MNIST: the error over the weights left, for four ways of making zeros.
+"""How few weights LeNet-300-100 needs on MNIST: the error over the weights left, for five ways of making zeros.
 
     python benchmarks/frontier.py --short         # one seed of L0 under ProxAdam: some six minutes
     python benchmarks/frontier.py --json frontier.json --plot frontier.png        # all of it: hours
     python benchmarks/frontier.py --validation    # trains on 50,000 images and judges by the other 10,000
+    python benchmarks/frontier.py --network LeNet-5     # a convolutional net: 10, 20 and 40 times fewer weights
 
 Each way walks down in weights from the same dense network. What it has left at a count is trained on with its zeros
 frozen, for 30 epochs; the error is that of the final epoch, on the 10,000 test images. Weights are counted over all
-three layers, biases are not. All trainings add the same Gaussian noise to the pixels, in batches of 256. MNIST is read
+layers, biases are not. All trainings add the same Gaussian noise to the pixels, in batches of 256. MNIST is read
 from the folder in TORCHREG_DATA (see examples/mnist_data.py). Every choice was made with --validation, and
 benchmarks/FRONTIER.md tells of what was tried.
 
 - L0: `tr.L0` under `tr.optim.ProxAdam`, λ rising geometrically. In Adam's metric a weight goes where w²·√v ≤ 2·lr·λ.
+- L1, then L0: `tr.recipes.l1_then_l0`. L1 in the loss takes neurons first.
 - magnitude: `torch.nn.utils.prune`, the smallest |w| of all layers, their number falling fast, then slowly.
 - L1 in the loss: `loss + λ * sum(w.abs().sum())`, and in the end a cut of the smallest |w|.
 - torchao: PruneOptimizer with ProxLasso, whose threshold is lr·λ, λ rising likewise.

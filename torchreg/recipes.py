@@ -1,4 +1,4 @@
-"""Recipes that won a comparison, to start from; each is printed and changed as any other."""
+"""Recipes to start from, each measured by a benchmark; they are printed and changed as any other."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def l1_then_l0(epoch: int, top: float = 4000.0) -> tuple[Recipe, Steps]:
     where `fit(model, reg, stage)` adds `l1()` to the loss, steps with `ProxAdam(..., lr=2e-3, regularizer=reg)`, and
     calls `schedule.step()` after each step. Adam's metric makes L0 drop a weight where w²·√v ≤ 2·lr·λ: where the loss
     would miss it least. `benchmarks/frontier.py` goes this way with LeNet-300-100; benchmarks/FRONTIER.md has what
-    comes of it, and what was worse.
+    comes of it, and what else was tried.
 
     Args:
         epoch: optimizer steps of an epoch. The stages take 80, 40 and 30 epochs.
