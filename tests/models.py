@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -153,3 +154,16 @@ def attachments_of(optimizer: torch.optim.Optimizer) -> list[Attachment]:
     found = [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_post_hooks.values()]
     found.append(getattr(optimizer, "attachment", None))
     return [attachment for attachment in found if isinstance(attachment, Attachment)]
+
+
+Make = Callable[[Any, tr.Regularizer], torch.optim.Optimizer]
+"""Builds an optimizer of parameters that carries a regularizer's prox."""
+
+
+def attached(kind: type[torch.optim.Optimizer], **settings: Any) -> Make:
+    def make(params: Any, reg: tr.Regularizer) -> torch.optim.Optimizer:
+        optimizer = kind(params, **settings)
+        tr.optim.attach(optimizer, reg)
+        return optimizer
+
+    return make

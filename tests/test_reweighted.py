@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 import torchreg as tr
 from tests import oracles
 from tests.cases import weights
+from tests.models import Make, attached
 from torchreg.optim.step_sizes import STOCK
 
 PENALTIES: dict[str, tuple[tr.Concave, oracles.Concave]] = {
@@ -34,16 +34,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "Adamax": {"lr": 0.01, "eps": 0.1},
     "Adadelta": {"lr": 1.0},
 }
-Make = Callable[[Any, tr.Regularizer], torch.optim.Optimizer]
-
-
-def attached(kind: type[torch.optim.Optimizer], **settings: Any) -> Make:
-    def make(params: Any, reg: tr.Regularizer) -> torch.optim.Optimizer:
-        optimizer = kind(params, **settings)
-        tr.optim.attach(optimizer, reg)
-        return optimizer
-
-    return make
 
 
 OPTIMIZERS: dict[str, Make] = {

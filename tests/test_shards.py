@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import torchreg as tr
-from tests.models import SHARDS
+from tests.models import SHARDS, attached
 from torchreg import checks, shards
 from torchreg.kernels import choice
 
@@ -158,15 +158,6 @@ def adam(params: Any, reg: tr.Regularizer) -> torch.optim.Optimizer:
 
 def adamw(params: Any, reg: tr.Regularizer) -> torch.optim.Optimizer:
     return tr.optim.ProxAdamW(params, lr=0.05, regularizer=reg)
-
-
-def attached(kind: type[torch.optim.Optimizer], **settings: Any) -> Any:
-    def make(params: Any, reg: tr.Regularizer) -> torch.optim.Optimizer:
-        optimizer = kind(params, **settings)
-        tr.optim.attach(optimizer, reg)
-        return optimizer
-
-    return make
 
 
 WEIGHTS = [0.5, 1.0, 2.0]

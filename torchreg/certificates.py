@@ -217,7 +217,7 @@ def distances(penalty: Penalty | None, w: Tensor, gradient: Tensor) -> tuple[flo
     w, gradient = checks.widened(w.detach()), checks.widened(gradient)
     shard = shards.shard_of(w)
     if shard is not None:
-        w, gradient = shards.local(w), shard.part(gradient)
+        w, gradient = checks.local(w), shard.part(gradient)
         penalty = None if penalty is None else penalty._on(shard)
     subgradient = torch.zeros_like(gradient) if penalty is None else penalty._subgradient(w, gradient)
     norms = torch.stack([torch.linalg.vector_norm(x) for x in (gradient + subgradient, gradient, subgradient)])

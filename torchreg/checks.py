@@ -87,7 +87,7 @@ def step(value: object, shape: torch.Size) -> Step:
             f"step of shape {tuple(value.shape)} does not broadcast to weights of shape {tuple(shape)}; "
             "pass a number, or one step per weight"
         )
-    here = value.to_local() if is_sharded(value) else value  # type: ignore[attr-defined]
+    here = local(value)
     fine = (here >= 0) & here.isfinite()
     if not value.is_meta and not is_transformed() and not bool(fine.all()):
         raise ValueError(
@@ -130,6 +130,11 @@ def is_differentiated() -> bool:
 def is_sharded(w: Tensor) -> bool:
     """Each process has a shard of it (a DTensor)."""
     return hasattr(w, "full_tensor")
+
+
+def local(x: Tensor) -> Tensor:
+    """What this process has of it: all, where it is not sharded. Autograd follows."""
+    return x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined, no-any-return]
 
 
 def unsharded(w: Tensor) -> Tensor:

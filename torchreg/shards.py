@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from torchreg import checks
+from torchreg.checks import local
 
 
 @dataclass(frozen=True)
@@ -123,11 +124,6 @@ def shard_of(w: Tensor) -> Shard | None:
             "call .redistribute() first, as weights are sharded or replicated"
         )
     return Shard(w.shape, w.device_mesh, tuple(placements))  # type: ignore[attr-defined]
-
-
-def local(x: Tensor) -> Tensor:
-    """What this process has of it: all, where it is not sharded. Autograd follows."""
-    return x.to_local() if checks.is_sharded(x) else x  # type: ignore[attr-defined, no-any-return]
 
 
 def laid_out_as(x: Tensor, w: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torchreg import checks
 from torchreg.groups import Groups
 from torchreg.regularizer import Regularizer
 from torchreg.schedules import Curve
-from torchreg.shards import local, shard_of
+from torchreg.shards import shard_of
 from torchreg.terms import Bound
 
 FIRST = 0.01
@@ -240,7 +240,7 @@ class TargetSparsity:
         for bound in self._bounds():
             w, anchor, kept = bound.parameter(), _anchor(bound), self._kept[bound.name]
             if (shard := shard_of(w)) is not None:
-                w, anchor, kept = local(w), local(anchor), shard.part(kept)
+                w, anchor, kept = checks.local(w), checks.local(anchor), shard.part(kept)
             w.copy_(torch.where(kept, anchor, w))
 
     # ------------------------------------------------------------------ reading

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchreg import checks
 from torchreg.kernels import soft
 from torchreg.penalties import Penalty
-from torchreg.shards import Peers, local, shard_of
+from torchreg.shards import Peers, shard_of
 
 Item = tuple[str, Tensor, Penalty]
 """A key, a weight and its penalty; values are summed by key."""
@@ -59,7 +60,7 @@ def _divided(items: Iterable[Item]) -> tuple[list[Item], dict[Peers, list[Item]]
         if shard is None:
             whole.append((key, w, penalty))
         else:
-            parts.setdefault(shard.peers, []).append((key, local(w), penalty._on(shard)))
+            parts.setdefault(shard.peers, []).append((key, checks.local(w), penalty._on(shard)))
     return whole, parts
 
 

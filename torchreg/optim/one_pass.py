@@ -22,7 +22,7 @@ from torchreg.kernels.steps import AdamNumbers, SGDNumbers, Tables
 from torchreg.optim.rounding import NARROW, Rounding
 from torchreg.optim.step_sizes import Followed, _number
 from torchreg.penalties import Penalty
-from torchreg.shards import is_laid_out_as, local
+from torchreg.shards import is_laid_out_as
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -346,7 +346,7 @@ def _here(x: Tensor, like: Tensor) -> Tensor | None:
 @torch.no_grad()
 def _memory(x: Tensor) -> Tensor:
     """What this process has of it, as it lies there."""
-    return local(x)
+    return checks.local(x)
 
 
 def _soft(asked: Penalty | Soft | None) -> Soft | None:

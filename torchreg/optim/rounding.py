@@ -106,7 +106,7 @@ class StochasticRounding(Rounding):
         return state.get(self.KEY)
 
     def write(self, numbers: Numbers, optimizer: Optimizer, state: dict[str, Any], number: int) -> None:
-        weight = _local(numbers[""][0])
+        weight = checks.local(numbers[""][0])
         if self.KEY not in state:
             digest = hashlib.sha256(f"{self.seed} {number}".encode()).digest()
             state[self.KEY] = int.from_bytes(digest[:4], "little") >> 1
@@ -124,13 +124,13 @@ class StochasticRounding(Rounding):
             for name, (narrow, wide) in flat.items():
                 narrow[here] = stochastic(wide[here], weight.dtype, random[DRAW[name]])
         for name, (narrow, _) in numbers.items():
-            if not _is_dense(_local(narrow)):
+            if not _is_dense(checks.local(narrow)):
                 narrow.copy_(flat[name][0].view(narrow.shape))
 
 
 def _flat(x: Tensor, like: Tensor | None = None) -> Tensor:
     """The entries of `x` in the order in which those of `like` lie in memory; a view of it, where that is dense."""
-    x, like = _local(x), _local(x if like is None else like)
+    x, like = checks.local(x), checks.local(x if like is None else like)
     if not _is_dense(like):
         return x.reshape(-1)
     if x.stride() != like.stride():
@@ -141,8 +141,3 @@ def _flat(x: Tensor, like: Tensor | None = None) -> Tensor:
 def _is_dense(x: Tensor) -> bool:
     """Its entries fill a stretch of memory, in some order: `empty_like` keeps the strides of such memory alone."""
     return x.is_contiguous() or torch.empty_like(x, device="meta").stride() == x.stride()
-
-
-def _local(x: Tensor) -> Tensor:
-    """What this process has of it, where it is sharded."""
-    return x.to_local() if checks.is_sharded(x) else x  # type: ignore[attr-defined, no-any-return]

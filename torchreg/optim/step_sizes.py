@@ -19,7 +19,6 @@ from torch.optim import ASGD, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, A
 
 from torchreg import checks
 from torchreg.checks import Step
-from torchreg.shards import local
 
 PIECE = 1 << 16
 """Weights at a time where a CPU goes through a large parameter: its processors' caches hold what belongs to them."""
@@ -428,7 +427,7 @@ def _is_zero(x: Tensor | None) -> bool:
 
 def _here(x: Tensor) -> Tensor:
     """What this process has of it, float32 or wider."""
-    return checks.widened(local(x))
+    return checks.widened(checks.local(x))
 
 
 def _root(square: Tensor) -> Tensor:

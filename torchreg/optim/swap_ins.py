@@ -266,11 +266,7 @@ def _fused(stock: Callable[[Optimizer], Any], optimizer: Optimizer) -> None:
 
     Torch's fused SGD fails where some parameters have a momentum buffer and others not yet, and gains little.
     """
-    groups = (
-        []
-        if isinstance(optimizer, SGD)
-        else [group for group in optimizer.param_groups if _open(group, optimizer.state)]
-    )
+    groups = [] if isinstance(optimizer, SGD) else [x for x in optimizer.param_groups if _open(x, optimizer.state)]
     for group in groups:
         group["fused"] = True
     try:

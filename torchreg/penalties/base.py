@@ -13,7 +13,7 @@ from torch import Tensor
 from torchreg import checks
 from torchreg.checks import Step
 from torchreg.kernels.soft import Soft as Soft
-from torchreg.shards import Shard, local, shard_of
+from torchreg.shards import Shard, shard_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -81,7 +81,7 @@ class Penalty(ABC):
         shard = shard_of(checks.weights(type(self).__name__, w))
         if shard is None:
             return self._value(checks.widened(w))
-        return shard.peers.sum(self._on(shard)._value(checks.widened(local(w))))
+        return shard.peers.sum(self._on(shard)._value(checks.widened(checks.local(w))))
 
     def prox(self, w: Tensor, step: Step) -> Tensor:
         """argmin_u ½‖u − w‖²_{1/step} + Ω(u), where ‖x‖²_{1/step} = Σ|x|²/step.
@@ -102,7 +102,7 @@ class Penalty(ABC):
         if shard is None:
             return self._prox(checks.widened(w), step).to(w.dtype)
         with torch.no_grad():
-            return shard.whole(self._local_prox(shard, local(w), step).to(w.dtype))
+            return shard.whole(self._local_prox(shard, checks.local(w), step).to(w.dtype))
 
     def prox_(self, w: Tensor, step: Step) -> Tensor:
         """`prox` in place, for a training step: a tensor `step` is not looked at, so nothing synchronizes."""
@@ -110,7 +110,7 @@ class Penalty(ABC):
         step = checks.widened(step) if isinstance(step, Tensor) else checks.step(step, w.shape)
         if shard is not None:
             with torch.no_grad():
-                part = local(w)
+                part = checks.local(w)
                 part.copy_(self._local_prox(shard, part, step))
             return w
         wide = checks.widened(w)
@@ -153,7 +153,7 @@ class Penalty(ABC):
         shard = shard_of(w)
         if shard is None:
             return self._subgradient(wide, gradient).to(w.dtype)
-        return shard.whole(self._on(shard)._subgradient(local(wide), shard.part(gradient)).to(w.dtype))
+        return shard.whole(self._on(shard)._subgradient(checks.local(wide), shard.part(gradient)).to(w.dtype))
 
     def linearized(self, w: Tensor) -> Penalty:
         """The penalty whose prox follows a step that starts at `w`: this one, unless it `linearizes`.
@@ -204,7 +204,7 @@ class Penalty(ABC):
         """The prox of this process's part of a weight, in float32 or wider."""
         if isinstance(step, Tensor) and step.shape != w.shape:
             step = shard.part(step)
-        return self._on(shard)._prox(checks.widened(w), local(step) if isinstance(step, Tensor) else step)
+        return self._on(shard)._prox(checks.widened(w), checks.local(step) if isinstance(step, Tensor) else step)
 
     def _with(self, **strengths: float) -> Self:
         """The same penalty with other strengths."""

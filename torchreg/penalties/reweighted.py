@@ -15,7 +15,6 @@ from torchreg.checks import Step
 from torchreg.penalties.base import Penalty
 from torchreg.penalties.concave import Concave
 from torchreg.penalties.weighted_l1 import WeightedL1
-from torchreg.shards import local
 
 
 @dataclass(frozen=True, repr=False)
@@ -83,7 +82,7 @@ class Reweighted(Penalty):
 
     def linearized(self, w: Tensor) -> WeightedL1:
         """The tangent of Ω at `w`, less a constant: L1 with the strength ω′(|w|) for each weight."""
-        modulus = checks.widened(local(checks.weights(type(self).__name__, w))).abs()
+        modulus = checks.widened(checks.local(checks.weights(type(self).__name__, w))).abs()
         return WeightedL1(1.0, self.penalty._slope(modulus))
 
     def __repr__(self) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchreg import checks
 from torchreg.checks import Step
 from torchreg.penalties.base import Penalty, Soft, inner
-from torchreg.shards import Shard, local
+from torchreg.shards import Shard
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
@@ -68,8 +68,8 @@ class Toward(Penalty):
         return dataclasses.replace(self, penalty=self.penalty.scaled(factor))
 
     def linearized(self, w: Tensor) -> Toward:
-        wide = checks.widened(local(w))
-        return dataclasses.replace(self, penalty=self.penalty.linearized(wide - local(self.anchor).to(wide)))
+        wide = checks.widened(checks.local(w))
+        return dataclasses.replace(self, penalty=self.penalty.linearized(wide - checks.local(self.anchor).to(wide)))
 
     def _rounded_to(self, dtype: torch.dtype) -> Toward:
         return self if self.anchor.dtype is dtype else dataclasses.replace(self, anchor=self.anchor.to(dtype))
