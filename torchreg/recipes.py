@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torchreg import checks
-from torchreg.schedules import Geometric, Steps
+from torchreg.schedules import Chain, Geometric, Steps
 from torchreg.stages import Dense, Recipe, Refit, Regularize
 
 
@@ -25,27 +25,24 @@ def l1_then_l0(epoch: int, top: float = 4000.0) -> tuple[Recipe, Steps]:
     comes of it, and what else was tried.
 
     Args:
-        epoch: optimizer steps of an epoch. The stages take 80, 40 and 30 epochs.
-        top: λ of L0 in the end over that in the beginning: the larger, the fewer weights are left.
+        epoch: optimizer steps of an epoch. The stages take 80, 100 and 30 epochs.
+        top: λ of L0 in the end over that in the beginning: the larger, the fewer weights are left. λ rises to the
+            100-fold in 24 epochs, and slowly from there on: the last weights are the hardest to choose.
     Returns:
         The recipe, and the curve of L1's factor over all of its steps.
     Raises:
         TypeError: `epoch` is no whole number, or `top` no number.
-        ValueError: `epoch` is less than 1, or `top` 1 or less.
+        ValueError: `epoch` is less than 1, or `top` 100 or less.
     Source: Hazimeh and Mazumder, 2020, for L1 beside L0.
 
     >>> recipe, curve = l1_then_l0(epoch=100)
-    >>> print(recipe)
-    stage  name         steps  what holds
-    -----  ----------  ------  ----------------------------------------------------------------
-    1      Dense        8,000  penalty off
-    2      Regularize   4,000  penalty on, λ times Geometric(start=1.0, end=4000.0, steps=4000)
-    3      Refit        3,000  penalty off, zeros kept
-    total              15,000
-    >>> [curve(step) for step in (0, 8000, 12000)]
+    >>> [f"{type(stage).__name__}: {stage.steps:,} steps" for stage in recipe]
+    ['Dense: 8,000 steps', 'Regularize: 10,000 steps', 'Refit: 3,000 steps']
+    >>> [curve(step) for step in (0, 8000, 18000)]
     [1.0, 0.3, 0.0]
     """
     epoch = checks.whole("epoch", epoch)
-    top = checks.above("top", top, 1, "λ of L0 rises so many times; pass 4000, or more for fewer weights")
-    recipe = Recipe(Dense(80 * epoch), Regularize(40 * epoch, Geometric(1, top, steps=40 * epoch)), Refit(30 * epoch))
-    return recipe, Steps(1, {80 * epoch: 0.3, 120 * epoch: 0})
+    top = checks.above("top", top, 100, "λ of L0 rises so many times; pass 4000, or more for fewer weights")
+    rise = Chain(Geometric(1, 100, steps=24 * epoch), Geometric(100, top, steps=76 * epoch))
+    recipe = Recipe(Dense(80 * epoch), Regularize(100 * epoch, rise), Refit(30 * epoch))
+    return recipe, Steps(1, {80 * epoch: 0.3, 180 * epoch: 0})
