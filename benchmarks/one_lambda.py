@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sklearn
 import torch
 from sklearn import datasets
 from sklearn.linear_model import ElasticNet, LogisticRegression, MultiTaskLasso
@@ -182,11 +183,13 @@ def classification_problems(name: str, x: Array, labels: Array) -> list[Problem]
     y = labels[:, None].astype(float) if classes == 2 else one_hot(labels)
     loss = Logistic(x, y) if classes == 2 else Multinomial(x, y)
     solver: dict[str, Any] = {"solver": "liblinear"} if classes == 2 else {"solver": "saga", "random_state": 0}
+    # From 1.8 on scikit-learn takes the kind of the penalty from its ratio.
+    lasso = {"l1_ratio": 1} if tuple(map(int, sklearn.__version__.split(".")[:2])) >= (1, 8) else {"penalty": "l1"}
     found = []
     for fraction in FRACTIONS:
         strength = fraction * np.abs(x.T @ (y - 1 / classes)).max() / n
         model = LogisticRegression(
-            C=1 / (n * strength), l1_ratio=1, fit_intercept=False, tol=1e-12, max_iter=200_000, **solver
+            C=1 / (n * strength), fit_intercept=False, tol=1e-12, max_iter=200_000, **lasso, **solver
         )
         penalty = tr.L1(strength)
         found.append(Problem(f"{name}, λ/λ_max {fraction:g}", loss, penalty, strength, solution(model, x, labels)))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
+import sklearn
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -19,6 +20,12 @@ from torchreg.optim import Attachment
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 """The version of torch, such as (2, 6)."""
+
+L1_LOGISTIC = {"l1_ratio": 1.0} if tuple(map(int, sklearn.__version__.split(".")[:2])) >= (1, 8) else {"penalty": "l1"}
+"""Of scikit-learn's LogisticRegression: from 1.8 on the kind of the penalty follows from its ratio."""
+
+STRICT = (sys.executable, "-W", "error" if TORCH >= (2, 15) else "ignore")
+"""A Python in which warnings are errors; the oldest versions that examples draw on warn of each other."""
 
 SHARDS = (
     torch.distributed.is_available()

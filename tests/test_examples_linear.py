@@ -3,13 +3,14 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn.datasets import load_diabetes
 from sklearn.linear_model import ElasticNet, Lasso
+
+from tests.models import STRICT
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "linear_regression.py"
 STRENGTHS = [0.1, 0.3, 3.0]
@@ -19,7 +20,7 @@ MODELS = ["lasso", "ridge", "elastic net"]
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory):
     result = subprocess.run(
-        [sys.executable, "-W", "error", SCRIPT, "--strengths", *map(str, STRENGTHS)],
+        [*STRICT, SCRIPT, "--strengths", *map(str, STRENGTHS)],
         cwd=tmp_path_factory.mktemp("linear"),
         env={**os.environ, "PYTHONUTF8": "1"},
         capture_output=True,

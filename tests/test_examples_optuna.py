@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
+
+from tests.models import STRICT
 
 ROOT = Path(__file__).parents[1]
 
 
 def run(*options, folder, **environment):
     return subprocess.run(
-        [sys.executable, "-W", "error", ROOT / "examples" / "optuna_search.py", *options],
+        [*STRICT, ROOT / "examples" / "optuna_search.py", *options],
         cwd=folder,
         env={**os.environ, "PYTHONUTF8": "1", "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,8 @@ import pytest
 from sklearn.datasets import load_diabetes
 from sklearn.linear_model import Lasso
 from sklearn.model_selection import KFold
+
+from tests.models import STRICT
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "path.py"
@@ -22,7 +23,7 @@ SCRIPT = ROOT / "examples" / "path.py"
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("path")
     result = subprocess.run(
-        [sys.executable, "-W", "error", SCRIPT, "--points", "8", "--folds", "3", "--ratio", "0.02"],
+        [*STRICT, SCRIPT, "--points", "8", "--folds", "3", "--ratio", "0.02"],
         cwd=folder,
         env={**os.environ, "PYTHONUTF8": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,

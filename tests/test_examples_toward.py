@@ -3,11 +3,12 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from tests.models import STRICT
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "finetune_toward.py"
 ROW = re.compile(r"^(.+?) +([\d.]+)% +([\d.]+)% +([\d,]+) of ([\d,]+) \([\d.]+%\) +([\d.]+)$", re.M)
@@ -24,7 +25,7 @@ class Row(NamedTuple):
 def run(folder, *flags, data=None):
     """What the script prints, and the rows of its table by name."""
     env = {**os.environ, "PYTHONUTF8": "1", "TORCHREG_DATA": data or ""}
-    command = [sys.executable, "-W", "error", SCRIPT, *flags]
+    command = [*STRICT, SCRIPT, *flags]
     result = subprocess.run(command, cwd=folder, env=env, capture_output=True, encoding="utf-8")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""  # no progress bar where no terminal is

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-import sklearn
 import torch
 from sklearn import linear_model
 from torch import nn
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 
 import torchreg as tr
 from tests import cases
-from tests.models import Bare, Lazy, mlp, same, snapshot
+from tests.models import L1_LOGISTIC, Bare, Lazy, mlp, same, snapshot
 from tests.oracles import diabetes
 
 
@@ -102,10 +101,8 @@ def test_it_reaches_the_logistic_regression_of_scikit_learn(strength):
     p = problem(tr.L1(strength), logistic=True, bias=True)
     p.solve(p.fista(tol=1e-10))
     assert tr.duality_gap(p.reg, p.loss) < 1e-10
-    # From 1.8 on scikit-learn takes the kind of the penalty from its ratio.
-    lasso = {"l1_ratio": 1.0} if (*map(int, sklearn.__version__.split(".")[:2]),) >= (1, 8) else {"penalty": "l1"}
     kind = linear_model.LogisticRegression(
-        C=1 / (strength * len(p.y)), solver="saga", tol=1e-12, max_iter=10**5, **lasso
+        C=1 / (strength * len(p.y)), solver="saga", tol=1e-12, max_iter=10**5, **L1_LOGISTIC
     )
     fit = kind.fit(p.x.numpy(), p.y.numpy())
     w, reached = p.model.weight.detach().numpy()[0].copy(), p.objective()

@@ -23,6 +23,7 @@ from torch import nn
 import torchreg as tr
 from tests import test_kernels_steps as steps
 from tests.cases import same_bits, weights
+from tests.models import TORCH
 from tests.test_kernels_soft import exactly
 from tests.test_kernels_steps import BOUND, MOMENTA, SETTINGS, give_gradients, state_of
 from torchreg.kernels import choice, soft
@@ -34,6 +35,7 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 needs_kernels = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="no GPU: run below, interpreted")
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no GPU here")
+needs_new_triton = pytest.mark.skipif(TORCH < (2, 7), reason="Triton 3.2 is compiled, and watched, in another way")
 needs_triton = pytest.mark.skipif(not INSTALLED, reason="triton is not installed")
 
 SGD, ADAM = (tr.optim.ProxSGD, {"momentum": 0.9}), (tr.optim.ProxAdam, {})
@@ -98,6 +100,7 @@ def test_interpreted_on_the_cpu_the_kernels_pass_all_of_this_file() -> None:
 
 
 @needs_triton
+@needs_new_triton
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled here")
 @pytest.mark.parametrize("name", ["adam", "sgd", "soft"])
 def test_the_kernels_compile_for_a_gpu_that_is_not_here(
@@ -291,6 +294,7 @@ class Many(nn.Module):
 
 
 @needs_kernels
+@needs_new_triton
 @pytest.mark.parametrize(("kind", "settings"), [SGD, ADAM], ids=str)
 def test_many_tensors_of_odd_sizes_take_two_launches(
     kind: Any, settings: dict[str, Any], served: list[str], monkeypatch: pytest.MonkeyPatch
@@ -326,6 +330,7 @@ def test_many_tensors_of_odd_sizes_take_two_launches(
 
 
 @needs_kernels
+@needs_new_triton
 def test_what_does_not_begin_at_16_bytes_is_stepped_too(served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from torchreg.kernels import cuda
 
@@ -555,6 +560,7 @@ def test_value_and_gradient_are_those_of_exact_sums(
 
 
 @needs_kernels
+@needs_new_triton
 def test_a_regularizer_in_the_loss_is_one_launch_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
     from torchreg.kernels import cuda
 

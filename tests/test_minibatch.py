@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.models import STRICT
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 def test_minibatches_noise_is_in_the_support_and_more_momentum_takes_it_out(tmp_path):
     script, out = ROOT / "benchmarks" / "minibatch.py", tmp_path / "rows.json"
     env = {**os.environ, "PYTHONUTF8": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error", script, "--short", "--parts", "1", "3", "--json", out]
+    command = [*STRICT, script, "--short", "--parts", "1", "3", "--json", out]
     run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, encoding="utf-8")
     assert run.returncode == 0, run.stderr
     rows = json.loads(out.read_text(encoding="utf-8"))

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import torchreg as tr
-from tests.models import Reads, array, same, snapshot
+from tests.models import STRICT, Reads, array, same, snapshot
 
 ROOT = Path(__file__).parents[1]
 ADAM = functools.partial(tr.optim.ProxAdam, lr=0.01)
@@ -380,7 +379,7 @@ def test_steps_that_zero_nothing_are_warned_of_at_half_time():
 def test_five_networks_end_at_three_targets(tmp_path):
     script, out = ROOT / "benchmarks" / "target_sparsity.py", tmp_path / "rows.json"
     env = {**os.environ, "PYTHONUTF8": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error", script, "--short", "--steps", "1000", "--json", out]
+    command = [*STRICT, script, "--short", "--steps", "1000", "--json", out]
     run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, encoding="utf-8")
     assert run.returncode == 0, run.stderr
     rows = [row for table in json.loads(out.read_text(encoding="utf-8")).values() for row in table]

@@ -116,7 +116,7 @@ def regularization_path(
     marker = "o" if len(grid) == 1 else ""  # a single point makes no line
     others = [i for i in ranked.tolist() if i not in leading]
     if others:
-        axes.plot(grid, lines[:, others], color="0.75", linewidth=0.7, marker=marker, zorder=1)
+        axes.plot(grid, lines[:, others].numpy(), color="0.75", linewidth=0.7, marker=marker, zorder=1)
     coloured = []
     for i, style in zip(leading, _styles(), strict=False):
         coloured += axes.plot(grid, lines[:, i], **{**style, "marker": marker}, label=_short(labels[i]))

@@ -264,6 +264,11 @@ def over(value: Tensor, strength: Step) -> Tensor:
     return torch.where(value == 0, 0.0, value / strength)
 
 
+def divided(w: Tensor, by: Step) -> Tensor:
+    """w/by. Torch 2.6 divides complex numbers by way of squares, which overflow in a huge step."""
+    return w * (1 / by) if w.is_complex() else w / by
+
+
 def indicator(inside: Tensor) -> Tensor:
     """0 where all of `inside` is true, else inf; 0-d."""
     return torch.where(inside.all(), 0.0, torch.inf)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchreg import checks
 from torchreg.checks import Step
 from torchreg.functional import soft_threshold
-from torchreg.penalties.base import Penalty, Soft
+from torchreg.penalties.base import Penalty, Soft, divided
 from torchreg.penalties.l1 import L1
 from torchreg.penalties.l2 import sum_of_squares
 
@@ -80,7 +80,7 @@ class ElasticNet(Penalty):
         return self.l1 * w.abs().sum() + self.l2 * sum_of_squares(w)
 
     def _prox(self, w: Tensor, step: Step) -> Tensor:
-        return soft_threshold(w, step * self.l1) / (1 + 2 * self.l2 * step)  # a huge step times l2 = 0 is 0
+        return divided(soft_threshold(w, step * self.l1), 1 + 2 * self.l2 * step)  # a huge step times l2 = 0 is 0
 
     def _soft(self) -> Soft:
         return Soft(self.l1, self.l2)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchreg import checks
 from torchreg.checks import Step
-from torchreg.penalties.base import Penalty, Soft, over
+from torchreg.penalties.base import Penalty, Soft, divided, over
 
 
 def sum_of_squares(w: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class L2(Penalty):
         return self.strength * sum_of_squares(w)
 
     def _prox(self, w: Tensor, step: Step) -> Tensor:
-        return w / (1 + 2 * self.strength * step)
+        return divided(w, 1 + 2 * self.strength * step)
 
     def _soft(self) -> Soft:
         return Soft(0.0, self.strength)
