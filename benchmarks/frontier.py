@@ -8,8 +8,8 @@
 Each way walks down in weights from the same dense network. What it has left at a count is trained on with its zeros
 frozen, for 30 epochs; the error is that of the final epoch, on the 10,000 test images. Weights are counted over all
 layers, biases are not. All trainings add the same Gaussian noise to the pixels, in batches of 256. MNIST is read
-from the folder in TORCHREG_DATA (see examples/mnist_data.py). Every choice was made with --validation, and
-benchmarks/FRONTIER.md tells of what was tried.
+from the folder in TORCHREG_DATA (see examples/mnist_data.py). Choices were made with --validation, and
+benchmarks/FRONTIER.md has the results, and what was tried.
 
 - L0: `tr.L0` under `tr.optim.ProxAdam`, λ rising geometrically. In Adam's metric a weight goes where w²·√v ≤ 2·lr·λ.
 - L1, then L0: `tr.recipes.l1_then_l0`. L1 in the loss takes neurons first.
