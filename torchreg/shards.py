@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from torchreg import checks
-from torchreg.checks import local
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Shard:
         """This process's part of a tensor that broadcasts against the whole weight, or that is divided as it is."""
         if checks.is_sharded(x):
             x = x if _placed(x, self) else x.redistribute(self.mesh, self.placements)  # type: ignore[attr-defined]
-            return local(x)
+            return checks.local(x)
         from torch.distributed.tensor import DTensor, Replicate
 
         missing = len(self.shape) - x.dim()

@@ -265,7 +265,7 @@ def over(value: Tensor, strength: Step) -> Tensor:
 
 
 def divided(w: Tensor, by: Step) -> Tensor:
-    """w/by. Torch 2.6 divides complex numbers by way of squares, which overflow in a huge step."""
+    """w/by. Torch 2.6 divides complex numbers by way of squares: inexact by 1, and NaN by a huge step."""
     return w * (1 / by) if w.is_complex() else w / by
 
 
