@@ -5,8 +5,8 @@ BROWSER := chromium fonts-dejavu-core
 AS_ROOT := $(shell test `id -u` = 0 || echo sudo -n)
 
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
-SHORT := tests/test_public_api.py tests/test_house.py tests/test_copies.py tests/test_kernels_choice.py \
-	tests/test_swap_ins.py tests/test_attachment.py tests/test_compile.py torchreg
+SHORT := tests/test_public_api.py tests/test_architecture.py tests/binding/test_copies.py tests/kernels/test_backend.py \
+	tests/optim/test_proximal.py tests/optim/test_attachment.py tests/optim/test_compile.py torchreg
 
 .PHONY: demo test test-slow test-versions bench lint
 

@@ -27,7 +27,7 @@ from sklearn.linear_model import Lasso
 from torch import nn, optim
 
 import torchreg as tr
-from torchreg import tables
+from torchreg._tables import render_table
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import mnist_data
@@ -45,7 +45,7 @@ results = []
 
 
 def show(title, columns, rows):
-    print(f"\n{title}\n\n{tables.render(columns, rows, right=range(1, len(columns)))}", flush=True)
+    print(f"\n{title}\n\n{render_table(columns, rows, right=range(1, len(columns)))}", flush=True)
     results.extend({"part": title, **dict(zip(columns, row, strict=True))} for row in rows)
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 import torchreg as tr
-from torchreg import tables
+from torchreg._tables import render_table
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--short", action="store_true", help="fewer rounds")
@@ -80,7 +80,7 @@ def spread(values):
 
 
 def show(title, columns, rows):
-    print(f"\n{title}\n\n{tables.render(columns, rows, right=range(1, len(columns)))}", flush=True)
+    print(f"\n{title}\n\n{render_table(columns, rows, right=range(1, len(columns)))}", flush=True)
     results[title] = [dict(zip(columns, row, strict=True)) for row in rows]
 
 

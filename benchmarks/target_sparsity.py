@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import torchreg as tr
-from torchreg import tables
+from torchreg._tables import render_table
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--short", action="store_true", help="fewer steps, and one optimizer a network")
@@ -128,7 +128,7 @@ results = {}
 
 def show(title, rows):
     columns = list(rows[0])
-    print(f"\n{title}\n\n{tables.render(columns, [list(row.values()) for row in rows], right=range(2, len(columns)))}")
+    print(f"\n{title}\n\n{render_table(columns, [list(row.values()) for row in rows], right=range(2, len(columns)))}")
     results[title] = rows
 
 

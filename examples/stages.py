@@ -53,10 +53,10 @@ def accuracy(model):
 
 n = args.steps // 10
 runs = {
-    "straight": tr.Recipe(tr.Dense(2 * n), tr.Sparsify(5 * n, args.zeros), tr.Refit(3 * n)),
-    "rewound": tr.Recipe(tr.Dense(2 * n), tr.Sparsify(5 * n, args.zeros), tr.Refit(3 * n, rewind=1)),
+    "straight": tr.Recipe(tr.Pretrain(2 * n), tr.Sparsify(5 * n, args.zeros), tr.Refit(3 * n)),
+    "rewound": tr.Recipe(tr.Pretrain(2 * n), tr.Sparsify(5 * n, args.zeros), tr.Refit(3 * n, rewind=1)),
     "two rounds": tr.Recipe(
-        tr.Dense(2 * n),
+        tr.Pretrain(2 * n),
         tr.Sparsify(3 * n, args.zeros / 2),
         tr.Refit(n),
         tr.Sparsify(2 * n, args.zeros),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from torchreg.kernels import choice, native
+from torchreg.kernels import backend as choice
+from torchreg.kernels import native
 
 NATIVE = isinstance(native.load(), native.Library)
 AVAILABLE = ["native", "torch"] if NATIVE else ["torch"]

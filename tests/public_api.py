@@ -6,33 +6,33 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import inspect
 import sys
 import types
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import torchreg
 from torchreg.__main__ import _parser
 
-# The modules are those that `torchreg/__init__.py` names: `from torchreg import schedules as schedules`.
-SOURCE = ast.parse(Path(torchreg.__file__).read_text(encoding="utf-8"))
-IMPORTS = [node for node in SOURCE.body if isinstance(node, ast.ImportFrom) and node.module == "torchreg"]
-MODULES = [torchreg, *(getattr(torchreg, alias.name) for node in IMPORTS for alias in node.names)]
+# Of the modules that a user reads, `__all__` of torchreg says which there are.
+MODULES = {
+    "torchreg": torchreg,
+    **{f"torchreg.{name}": module for name in torchreg.__all__ if inspect.ismodule(module := getattr(torchreg, name))},
+}
 # What the syntax of Python calls in this library.
 OPERATORS = {"__call__", "__enter__", "__exit__", "__getitem__", "__iter__", "__len__"}
 
 
 def public(module: types.ModuleType) -> dict[str, object]:
-    """The names that a user reads in `module`, without its submodules; of a plain file, those it defines itself."""
-    names = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-    if hasattr(module, "__path__"):
-        return {name: value for name, value in names.items() if not isinstance(value, types.ModuleType)}
-    return {name: value for name, value in names.items() if getattr(value, "__module__", "") == module.__name__}
+    """The names that a user reads in `module`: its `__all__`, or what it defines itself; modules apart."""
+    own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+    names = getattr(module, "__all__", [name for name in own if not name.startswith("_")])
+    return {name: getattr(module, name) for name in names if not inspect.ismodule(getattr(module, name))}
 
 
-NAMES = {f"{module.__name__}.{name}": value for module in MODULES for name, value in sorted(public(module).items())}
+NAMES = {
+    f"{prefix}.{name}": value for prefix, module in MODULES.items() for name, value in sorted(public(module).items())
+}
 CLASSES = {value for value in NAMES.values() if inspect.isclass(value)}
 
 

@@ -31,8 +31,8 @@ from torch.nn.utils import prune
 
 import torchreg as tr
 from tests.models import array
-from torchreg import checkpoints, reports, server
 from torchreg.__main__ import _parser, main
+from torchreg.views import checkpoints, reports, server
 
 ROOT = Path(__file__).parents[1]
 

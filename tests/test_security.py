@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import torchreg as tr
-from tests.test_house import sources
+from tests.test_architecture import sources
 
 # ---------------------------------------------------------------------- what the library never calls
 
@@ -242,7 +242,7 @@ def test_a_hostile_name_in_an_error_is_plain_text(reg):
 
 
 def test_a_tensorboard_in_the_current_directory_is_not_run(tmp_path):
-    from torchreg import server
+    from torchreg.views import server
 
     (tmp_path / "tensorboard.py").write_text("raise SystemExit('was run')")
     run = subprocess.run(

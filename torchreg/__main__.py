@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch
 
 import torchreg
-from torchreg import checkpoints, reports, server, tables
-from torchreg.checks import nonnegative
+from torchreg._checks import nonnegative
+from torchreg._tables import printable
+from torchreg.views import checkpoints, reports, server
 
 _EXAMPLES = """examples:
   torchreg report model.pt                     zeros, dead inputs and neurons, by layer
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (checkpoints.CheckpointError, server.ServerError, OSError, MemoryError) as error:
         message = str(error) or f"out of memory ({type(error).__name__})"
-        print(f"torchreg: {tables.printable(message, 1000)}", file=sys.stderr)
+        print(f"torchreg: {printable(message, 1000)}", file=sys.stderr)
         return 2
 
 

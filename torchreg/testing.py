@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchreg.checks import Step
+from torchreg._tensors import Step
+from torchreg.binding.regularizer import Regularizer
 from torchreg.optim import StepSize, attach
 from torchreg.penalties import L1, Penalty
-from torchreg.regularizer import Regularizer
+
+__all__ = ["check_penalty", "check_step_size"]
 
 GRADIENTS = [1e-4, -1e-2, 1.0, -30.0, 1e3]
 IDLE = (5, 6, 7)  # steps at which the strength is 0
@@ -236,12 +238,12 @@ def _check_prox(penalty: Penalty, w: Tensor, step: Step, random: Callable[[float
             ),
         )
         if penalty.convex:
-            bound = penalty(p) + ((w - p) / step * (rival - p)).sum()
+            binding = penalty(p) + ((w - p) / step * (rival - p)).sum()
             _demand(
-                penalty(rival) >= bound - slack,
+                penalty(rival) >= binding - slack,
                 (
                     f"{penalty}: (w − prox(w, step))/step is no subgradient at prox(w, step): the penalty elsewhere is "
-                    f"{penalty(rival):g}, and the subgradient promises {bound:g}"
+                    f"{penalty(rival):g}, and the subgradient promises {binding:g}"
                 ),
             )
 

@@ -1,7 +1,6 @@
-"""What runs in every training step: native C where it was built, Triton on a GPU, and plain torch, behind one face."""
+"""The maths of every training step in C and Triton, and which of them serves."""
 
-from torchreg.kernels.choice import Backend as Backend
-from torchreg.kernels.choice import Backends as Backends
-from torchreg.kernels.choice import backends as backends
-from torchreg.kernels.summaries import Summary as Summary
-from torchreg.kernels.summaries import summarize as summarize
+from torchreg.kernels.backend import Backend, Backends, backends
+from torchreg.kernels.weight_stats import Summary, summarize
+
+__all__ = ["Backend", "Backends", "Summary", "backends", "summarize"]

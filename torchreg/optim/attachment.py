@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adafactor, Adagrad, AdamW, Optimizer
 
-from torchreg import checks
-from torchreg.checks import Step
-from torchreg.optim.rounding import NARROW
+from torchreg._distributed import is_sharded
+from torchreg._tensors import Step
+from torchreg.binding.bindings import Binding
+from torchreg.binding.regularizer import Regularizer
+from torchreg.optim.executors.rounding import NARROW
 from torchreg.optim.step_sizes import PIECE, STEP_SIZES, Diagonal, StepSize, present_step, step_size_of
 from torchreg.penalties import Penalty
-from torchreg.regularizer import Regularizer
-from torchreg.terms import Bound
 
 _alive: weakref.WeakSet[Attachment] = weakref.WeakSet()
 """Every attachment there is, whatever its regularizer: a parameter has at most one."""
@@ -103,7 +103,7 @@ class Frozen(Prox):
     def penalties(self, optimizer: Optimizer) -> Mapping[int, Penalty | None]:
         return self._penalties
 
-    def release(self, held: Mapping[int, Bound]) -> None:
+    def release(self, held: Mapping[int, Binding]) -> None:
         """Gives up the parameters that a regularizer takes over."""
         self.pairs = [pair for pair in self.pairs if id(pair[0]) not in held]
         self._penalties = {id(parameter): penalty for parameter, penalty in self.pairs}
@@ -137,8 +137,8 @@ class Attachment(Prox):
         self._regularizer = regularizer
         self.active = True
         self._optimizer: Callable[[], Optimizer | None] = weakref.ref(optimizer)
-        self._held: dict[int, Bound] = {}
-        self._seen: tuple[list[Bound], list[Tensor], list[Tensor]] = ([], [], [])
+        self._held: dict[int, Binding] = {}
+        self._seen: tuple[list[Binding], list[Tensor], list[Tensor]] = ([], [], [])
         self._refresh(optimizer)
         with _alive_lock:
             _alive.add(self)
@@ -200,10 +200,10 @@ class Attachment(Prox):
         enabled = self.regularizer.enabled  # settles a copy first
         held = self.held().items()
         if enabled and torch.compiler.is_compiling():
-            return {id_: bound.compiled_penalty(bound.parameter()) for id_, bound in held}
-        return {id_: bound.penalty if enabled else None for id_, bound in held}
+            return {id_: binding.compiled_penalty(binding.parameter()) for id_, binding in held}
+        return {id_: binding.penalty if enabled else None for id_, binding in held}
 
-    def held(self) -> Mapping[int, Bound]:
+    def held(self) -> Mapping[int, Binding]:
         """By `id`, the parameters that this optimizer regularizes by prox."""
         optimizer = self._optimizer()
         if optimizer is None or not self.active:
@@ -237,7 +237,7 @@ class Attachment(Prox):
         elif any(group.get("centered") for group in groups):
             beside = ", whose centered variance fades at rest"
         if self._hooked:  # a swap-in rounds once, and by chance
-            narrow = {bound.parameter().dtype for bound in self._held.values()} & set(NARROW)
+            narrow = {binding.parameter().dtype for binding in self._held.values()} & set(NARROW)
             beside += "".join(
                 f", rounded twice in {str(dtype).removeprefix('torch.')}" for dtype in NARROW if dtype in narrow
             )
@@ -246,7 +246,7 @@ class Attachment(Prox):
     def pairs(self) -> list[tuple[Tensor, Penalty | None]]:
         """(parameter, penalty) as they stand: what a copy of the optimizer alone goes on with."""
         enabled = self.regularizer.enabled
-        return [(bound.parameter(), bound.penalty if enabled else None) for bound in self.held().values()]
+        return [(binding.parameter(), binding.penalty if enabled else None) for binding in self.held().values()]
 
     def renew(self, regularizer: Regularizer, memo: Mapping[int, Any] | None = None) -> None:
         """Carries `regularizer`, a copy, on the copy of the optimizer that deepcopy's `memo` holds; or on its own."""
@@ -290,27 +290,29 @@ class Attachment(Prox):
 
     def _refresh(self, optimizer: Optimizer) -> None:
         """Finds which selected parameters the optimizer holds, if the model or the groups have changed since."""
-        bounds = self._regularizer._current(materialized=False)
-        live = [bound.parameter() for bound in bounds]
+        bindings = self._regularizer._current(materialized=False)
+        live = [binding.parameter() for binding in bindings]
         params = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if (
-            bounds is self._seen[0]
+            bindings is self._seen[0]
             and all(map(operator.is_, live, self._seen[1]))
             and len(params) == len(self._seen[2])
             and all(map(operator.is_, params, self._seen[2]))
         ):
             return
         own = set(map(id, params))
-        held = {id(parameter): bound for parameter, bound in zip(live, bounds, strict=True) if id(parameter) in own}
-        self._check(optimizer, held, [b for p, b in zip(live, bounds, strict=True) if id(p) not in own])
-        self._held, self._seen = held, (bounds, live, params)
+        held = {
+            id(parameter): binding for parameter, binding in zip(live, bindings, strict=True) if id(parameter) in own
+        }
+        self._check(optimizer, held, [b for p, b in zip(live, bindings, strict=True) if id(p) not in own])
+        self._held, self._seen = held, (bindings, live, params)
 
-    def _check(self, optimizer: Optimizer, held: dict[int, Bound], missing: list[Bound]) -> None:
+    def _check(self, optimizer: Optimizer, held: dict[int, Binding], missing: list[Binding]) -> None:
         """Raises where this optimizer cannot carry the prox of what is selected."""
         kind = type(optimizer).__name__
-        names = ", ".join(bound.name for bound in missing)
-        before = {bound.name for bound in self._held.values()}
-        if any(bound.name in before for bound in missing):
+        names = ", ".join(binding.name for binding in missing)
+        before = {binding.name for binding in self._held.values()}
+        if any(binding.name in before for binding in missing):
             raise RuntimeError(
                 f"{kind} holds a former tensor of {names}: the model's parameter was replaced (as load_state_dict"
                 "(assign=True), to_empty and parametrizations do). Build the optimizer again from model.parameters(); "
@@ -332,21 +334,22 @@ class Attachment(Prox):
                     "first, with handle.remove(), optimizer.attachment.remove() or del optimizer"
                 )
         dense_only = type(optimizer) in STEP_SIZES and not isinstance(optimizer, (SGD, Adagrad))
-        for bound in held.values():
-            owner = bound.selected.owner
+        for binding in held.values():
+            owner = binding.selected.owner
             if dense_only and isinstance(owner, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and owner.sparse:
                 raise ValueError(
-                    f"{bound.name} has sparse gradients, as its {type(owner).__name__} was asked to give, and {kind} "
+                    f"{binding.name} has sparse gradients, as its {type(owner).__name__} was asked to give, and {kind} "
                     "takes none; build it with sparse=False, or use SGD or Adagrad"
                 )
-            if optimizer.defaults.get("differentiable") and checks.is_sharded(bound.parameter()):
+            if optimizer.defaults.get("differentiable") and is_sharded(binding.parameter()):
                 raise ValueError(
-                    f"{bound.name} is sharded, and {kind} differentiable: a sharded weight's prox has no graph; leave "
+                    f"{binding.name} is sharded, and {kind} differentiable: a sharded weight's prox has no graph; "
+                    f"leave "
                     "differentiable=False, or keep the model on one process"
                 )
-            if bound.parameter().is_complex() and isinstance(self.step_size, Diagonal):
+            if binding.parameter().is_complex() and isinstance(self.step_size, Diagonal):
                 raise ValueError(
-                    f"{bound.name} is complex: {kind} steps its real and imaginary parts apart, under which the "
+                    f"{binding.name} is complex: {kind} steps its real and imaginary parts apart, under which the "
                     "penalty of the modulus has no closed-form prox; use ProxSGD, or add reg() to the loss"
                 )
 

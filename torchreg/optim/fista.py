@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from torchreg import checks
-from torchreg.certificates import distances, gathered, read_gradients, total_inner
+from torchreg._checks import nonnegative
+from torchreg._distributed import is_sharded
+from torchreg.binding.regularizer import Regularizer
+from torchreg.inspection.certificates import distances, gathered, read_gradients, total_inner
 from torchreg.optim.attachment import Attachment
+from torchreg.optim.proximal import Proximal
 from torchreg.optim.step_sizes import StepSize
-from torchreg.optim.swap_ins import Proximal
 from torchreg.penalties import Penalty
-from torchreg.regularizer import Regularizer
 
 
 @dataclass
@@ -100,19 +101,20 @@ class FISTA(Proximal):
         super().__init__(params, defaults, regularizer=regularizer, partial=partial)
         assert isinstance(self.attachment, Attachment)
         try:
-            for bound in self.attachment.held().values():
-                if checks.is_sharded(bound.parameter()):
+            for binding in self.attachment.held().values():
+                if is_sharded(binding.parameter()):
                     raise ValueError(
-                        f"{bound.name} is sharded, and the line search needs the whole loss and all gradients in one "
+                        f"{binding.name} is sharded, and the line search needs the whole loss and all gradients in one "
                         "process; use ProxSGD or ProxAdam"
                     )
-                if not bound.penalty.convex:
+                if not binding.penalty.convex:
                     raise ValueError(
-                        f"{bound.name} has the penalty {bound.penalty!r}, which is not convex: momentum and the line "
+                        f"{binding.name} has the penalty {binding.penalty!r}, which is not convex: momentum and the "
+                        f"line "
                         "search need that it is; use ProxSGD or ProxAdam"
                     )
-                if not is_lazy(w := bound.parameter()):
-                    bound.penalty.subgradient(w, torch.zeros_like(w))
+                if not is_lazy(w := binding.parameter()):
+                    binding.penalty.subgradient(w, torch.zeros_like(w))
         except Exception:
             self.attachment.remove()
             raise
@@ -134,11 +136,11 @@ class FISTA(Proximal):
         if self.param_groups:
             raise ValueError("FISTA has one step for all parameters, so it takes one group; join them: [*a, *b]")
         group = {**self.defaults, **param_group}
-        lr = checks.nonnegative("lr", group["lr"], "it is the first trial of the line search, such as 1.0")
+        lr = nonnegative("lr", group["lr"], "it is the first trial of the line search, such as 1.0")
         if lr == 0:
             raise ValueError("lr=0 never moves; it is the first trial of the line search, such as 1.0")
         if group["tol"] is not None:
-            checks.nonnegative("tol", group["tol"], "it is the relative distance at which to stop, such as 1e-8")
+            nonnegative("tol", group["tol"], "it is the relative distance at which to stop, such as 1e-8")
         super().add_param_group({**group, "lr": lr})
 
     def __setstate__(self, state: dict[str, Any]) -> None:

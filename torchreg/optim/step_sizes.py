@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.optim import ASGD, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
-from torchreg import checks
-from torchreg.checks import Step
+from torchreg._distributed import local_part, unsharded
+from torchreg._tensors import Step, widened
 
 PIECE = 1 << 16
 """Weights at a time where a CPU goes through a large parameter: its processors' caches hold what belongs to them."""
@@ -92,7 +92,7 @@ class BuildUp(Followed):
             found, kept = _number(found_inf.reshape(())), 0.0 if old is None else old
             new = torch.where(found > 0, kept, new) if isinstance(found, Tensor) else kept if found else new
         if torch.compiler.is_compiling():  # a graph would be one of that number
-            new = torch.as_tensor(new, dtype=checks.widened(parameter).real.dtype, device=parameter.device)
+            new = torch.as_tensor(new, dtype=widened(parameter).real.dtype, device=parameter.device)
         state[self.KEY] = new
         return new
 
@@ -183,9 +183,9 @@ class AdafactorStep(Diagonal):
         state, floor, (eps1, eps2) = optimizer.state[parameter], torch.finfo(parameter.dtype).eps, group["eps"]
         eps1 = floor if eps1 is None else eps1
         if "variance" in state:
-            square = checks.widened(state["variance"])
+            square = widened(state["variance"])
         else:
-            rows, columns = checks.widened(state["row_var"]), checks.widened(state["col_var"])
+            rows, columns = widened(state["row_var"]), widened(state["col_var"])
             square = rows @ columns / rows.mean(dim=-2, keepdim=True).clamp(min=eps1)
         scale = square.clamp(min=eps1 * eps1).rsqrt()
         assert parameter.grad is not None  # it has just taken a step
@@ -343,7 +343,7 @@ def present_step(step_size: StepSize, optimizer: Optimizer, group: dict[str, Any
     while math.gcd(stride, parameter.numel()) > 1:  # else it would see some columns again and again, and others never
         stride += 1
     seen = {
-        key: checks.unsharded(value.detach()).reshape(-1)[::stride]
+        key: unsharded(value.detach()).reshape(-1)[::stride]
         if isinstance(value, Tensor) and value.shape == parameter.shape
         else value
         for key, value in state.items()
@@ -422,12 +422,12 @@ def _one_less_power(base: Any, count: Any) -> Any:
 
 
 def _is_zero(x: Tensor | None) -> bool:
-    return x is not None and not torch.compiler.is_compiling() and not bool(checks.unsharded(x.abs().sum()))
+    return x is not None and not torch.compiler.is_compiling() and not bool(unsharded(x.abs().sum()))
 
 
 def _here(x: Tensor) -> Tensor:
     """What this process has of it, float32 or wider."""
-    return checks.widened(checks.local(x))
+    return widened(local_part(x))
 
 
 def _root(square: Tensor) -> Tensor:
@@ -449,4 +449,4 @@ def _over(lr: Any, size: Tensor, eps: float, correction: Any = 1.0) -> Tensor:
 
 
 def _root_mean_square(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(checks.widened(x.detach())) / math.sqrt(max(x.numel(), 1))
+    return torch.linalg.vector_norm(widened(x.detach())) / math.sqrt(max(x.numel(), 1))

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from torchreg import checks
-from torchreg.checks import Step
-from torchreg.kernels.soft import Soft as Soft
-from torchreg.shards import Shard, shard_of
+from torchreg._checks import nonnegative
+from torchreg._distributed import ShardLayout, local_part, shard_layout
+from torchreg._tensors import Step, checked_step, checked_weights, widened
+from torchreg.penalties.coefficients import L1L2 as L1L2
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -64,7 +64,7 @@ class Penalty(ABC):
                 f"({', '.join(sorted(fields)) or 'none'}); name those that multiply the penalty"
             )
         for name in self.strengths:
-            value = checks.nonnegative(name, getattr(self, name), f"write {kind}({name}=1e-4)")
+            value = nonnegative(name, getattr(self, name), f"write {kind}({name}=1e-4)")
             object.__setattr__(self, name, value)
 
     def __call__(self, w: Tensor) -> Tensor:
@@ -78,10 +78,10 @@ class Penalty(ABC):
         Raises:
             TypeError: `w` is no tensor, or of an integer type.
         """
-        shard = shard_of(checks.weights(type(self).__name__, w))
+        shard = shard_layout(checked_weights(type(self).__name__, w))
         if shard is None:
-            return self._value(checks.widened(w))
-        return shard.peers.sum(self._on(shard)._value(checks.widened(checks.local(w))))
+            return self._value(widened(w))
+        return shard.peers.sum(self._on(shard)._value(widened(local_part(w))))
 
     def prox(self, w: Tensor, step: Step) -> Tensor:
         """argmin_u ½‖u − w‖²_{1/step} + Ω(u), where ‖x‖²_{1/step} = Σ|x|²/step.
@@ -97,23 +97,23 @@ class Penalty(ABC):
             ValueError: `step` is negative, infinite or NaN, or does not broadcast. (Looking at a tensor step
                 synchronizes with its device; `prox_` does not look.)
         """
-        shard = shard_of(checks.weights(type(self).__name__, w))
-        step = checks.step(step, w.shape)
+        shard = shard_layout(checked_weights(type(self).__name__, w))
+        step = checked_step(step, w.shape)
         if shard is None:
-            return self._prox(checks.widened(w), step).to(w.dtype)
+            return self._prox(widened(w), step).to(w.dtype)
         with torch.no_grad():
-            return shard.whole(self._local_prox(shard, checks.local(w), step).to(w.dtype))
+            return shard.whole(self._local_prox(shard, local_part(w), step).to(w.dtype))
 
     def prox_(self, w: Tensor, step: Step) -> Tensor:
         """`prox` in place, for a training step: a tensor `step` is not looked at, so nothing synchronizes."""
-        shard = shard_of(checks.weights(type(self).__name__, w))
-        step = checks.widened(step) if isinstance(step, Tensor) else checks.step(step, w.shape)
+        shard = shard_layout(checked_weights(type(self).__name__, w))
+        step = widened(step) if isinstance(step, Tensor) else checked_step(step, w.shape)
         if shard is not None:
             with torch.no_grad():
-                part = checks.local(w)
+                part = local_part(w)
                 part.copy_(self._local_prox(shard, part, step))
             return w
-        wide = checks.widened(w)
+        wide = widened(w)
         if torch.is_grad_enabled():
             wide = wide.clone()  # a differentiable step keeps the old weights for its backward
         return w.copy_(self._prox(wide, step))
@@ -139,7 +139,7 @@ class Penalty(ABC):
         tensor([ 0.5000, -0.2500, -0.5000])
         """
         name = type(self).__name__
-        wide, gradient = checks.widened(checks.weights(name, w)), checks.widened(checks.weights(name, gradient))
+        wide, gradient = widened(checked_weights(name, w)), widened(checked_weights(name, gradient))
         if gradient.shape != w.shape:
             raise ValueError(
                 f"gradient of shape {tuple(gradient.shape)} is not that of weights of shape {tuple(w.shape)}; "
@@ -150,10 +150,10 @@ class Penalty(ABC):
                 f"gradient has dtype {gradient.dtype} and the weights {w.dtype}; pass the data loss's gradient, "
                 "as w.grad has it"
             )
-        shard = shard_of(w)
+        shard = shard_layout(w)
         if shard is None:
             return self._subgradient(wide, gradient).to(w.dtype)
-        return shard.whole(self._on(shard)._subgradient(checks.local(wide), shard.part(gradient)).to(w.dtype))
+        return shard.whole(self._on(shard)._subgradient(local_part(wide), shard.part(gradient)).to(w.dtype))
 
     def linearized(self, w: Tensor) -> Penalty:
         """The penalty whose prox follows a step that starts at `w`: this one, unless it `linearizes`.
@@ -191,7 +191,7 @@ class Penalty(ABC):
     def _prox(self, w: Tensor, step: Step) -> Tensor:
         """The prox for checked weights in float32 or wider; a tensor step is taken on trust."""
 
-    def _on(self, shard: Shard) -> Penalty:
+    def _on(self, shard: ShardLayout) -> Penalty:
         """The penalty of this process's part of a weight: the parts' values sum to Ω, and their proxes make up Ω's."""
         if self.separable:
             return self
@@ -200,17 +200,17 @@ class Penalty(ABC):
             "_on(self, shard) that returns the penalty of a process's part, or keep the weight out of the sharding"
         )
 
-    def _local_prox(self, shard: Shard, w: Tensor, step: Step) -> Tensor:
+    def _local_prox(self, shard: ShardLayout, w: Tensor, step: Step) -> Tensor:
         """The prox of this process's part of a weight, in float32 or wider."""
         if isinstance(step, Tensor) and step.shape != w.shape:
             step = shard.part(step)
-        return self._on(shard)._prox(checks.widened(w), checks.local(step) if isinstance(step, Tensor) else step)
+        return self._on(shard)._prox(widened(w), local_part(step) if isinstance(step, Tensor) else step)
 
     def _with(self, **strengths: float) -> Self:
         """The same penalty with other strengths."""
         return dataclasses.replace(self, **strengths)
 
-    def _soft(self) -> Soft | None:
+    def _soft(self) -> L1L2 | None:
         """Ω as numbers, if it is a sum of |w| and w²; else None: value and prox are passes of their own."""
         return None
 

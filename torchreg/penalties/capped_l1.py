@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from torchreg import checks
-from torchreg.checks import Step
-from torchreg.functional import _choose, _within, soft_threshold
+from torchreg._checks import greater_than
+from torchreg._tensors import Step
 from torchreg.penalties.concave import Concave, geometric_mean
+from torchreg.penalties.functional import _choose, _within, soft_threshold
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,7 +48,7 @@ class CappedL1(Concave):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "theta", checks.above("theta", self.theta, 0, "write CappedL1(1e-4, theta=0.1)"))
+        object.__setattr__(self, "theta", greater_than("theta", self.theta, 0, "write CappedL1(1e-4, theta=0.1)"))
 
     def _value(self, w: Tensor) -> Tensor:
         return self.strength * w.abs().clamp(max=_within(self.theta, w)).sum()

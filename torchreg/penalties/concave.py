@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from torchreg.checks import Step
+from torchreg._tensors import Step
 from torchreg.penalties.base import Penalty, largest, over
 
 

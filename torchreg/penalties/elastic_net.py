@@ -7,10 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from torchreg import checks
-from torchreg.checks import Step
-from torchreg.functional import soft_threshold
-from torchreg.penalties.base import Penalty, Soft, divided
+from torchreg._checks import nonnegative
+from torchreg._tensors import Step
+from torchreg.penalties.base import Penalty, divided
+from torchreg.penalties.coefficients import L1L2
+from torchreg.penalties.functional import soft_threshold
 from torchreg.penalties.l1 import L1
 from torchreg.penalties.l2 import sum_of_squares
 
@@ -57,7 +58,7 @@ class ElasticNet(Penalty):
         >>> ElasticNet.from_ratio(0.5, l1_ratio=0.75)
         ElasticNet(l1=0.375, l2=0.125)  # λ₁Σ|w| + λ₂Σw²
         """
-        strength = checks.nonnegative("strength", strength, "write ElasticNet.from_ratio(1e-4, l1_ratio=0.5)")
+        strength = nonnegative("strength", strength, "write ElasticNet.from_ratio(1e-4, l1_ratio=0.5)")
         ratio = _ratio(l1_ratio)
         return cls(l1=strength * ratio, l2=strength * (1 - ratio))
 
@@ -72,7 +73,7 @@ class ElasticNet(Penalty):
         >>> ElasticNet.from_sklearn(0.5, l1_ratio=0.5)
         ElasticNet(l1=0.25, l2=0.125)  # λ₁Σ|w| + λ₂Σw²
         """
-        alpha = checks.nonnegative("alpha", alpha, "write ElasticNet.from_sklearn(0.1, l1_ratio=0.5)")
+        alpha = nonnegative("alpha", alpha, "write ElasticNet.from_sklearn(0.1, l1_ratio=0.5)")
         ratio = _ratio(l1_ratio)
         return cls(l1=alpha * ratio, l2=alpha * (1 - ratio) / 2)
 
@@ -82,8 +83,8 @@ class ElasticNet(Penalty):
     def _prox(self, w: Tensor, step: Step) -> Tensor:
         return divided(soft_threshold(w, step * self.l1), 1 + 2 * self.l2 * step)  # a huge step times l2 = 0 is 0
 
-    def _soft(self) -> Soft:
-        return Soft(self.l1, self.l2)
+    def _soft(self) -> L1L2:
+        return L1L2(self.l1, self.l2)
 
     def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
         smooth = 2 * self.l2 * w
@@ -99,7 +100,7 @@ class ElasticNet(Penalty):
 
 
 def _ratio(l1_ratio: float) -> float:
-    ratio = checks.nonnegative("l1_ratio", l1_ratio, "it is the share of L1, between 0 and 1")
+    ratio = nonnegative("l1_ratio", l1_ratio, "it is the share of L1, between 0 and 1")
     if ratio > 1:
         raise ValueError(f"l1_ratio={l1_ratio!r} must be at most 1; it is the share of L1, between 0 and 1")
     return ratio

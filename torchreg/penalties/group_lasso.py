@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from torchreg.checks import Step
-from torchreg.groups import Divided, Groups, GroupWeights, Rows
+from torchreg._distributed import ShardLayout
+from torchreg._tensors import Step
 from torchreg.penalties.base import Penalty, indicator, largest, over
-from torchreg.shards import Shard
+from torchreg.penalties.groups import Groups, GroupWeights, Rows, ShardedGroups
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,9 +36,9 @@ class GroupPenalty(Penalty):
         """Raises a ValueError where `w` has fewer than two dimensions, or another number of groups than weights."""
         self._weights(w)
 
-    def _on(self, shard: Shard) -> Self:
+    def _on(self, shard: ShardLayout) -> Self:
         new = object.__new__(type(self))  # unchecked: the strengths of a compiled graph are tensors
-        new.__dict__.update(self.__dict__, groups=Divided(self.groups, shard))
+        new.__dict__.update(self.__dict__, groups=ShardedGroups(self.groups, shard))
         return new
 
     def _weights(self, w: Tensor) -> Step:

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from torchreg.checks import Step
-from torchreg.functional import hard_threshold
+from torchreg._tensors import Step
 from torchreg.penalties.concave import Concave, geometric_mean
+from torchreg.penalties.functional import hard_threshold
 
 
 @dataclass(frozen=True, repr=False)

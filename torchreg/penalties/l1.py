@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from torchreg.checks import Step
-from torchreg.functional import soft_threshold
-from torchreg.penalties.base import Penalty, Soft, indicator, largest, over
+from torchreg._tensors import Step
+from torchreg.penalties.base import Penalty, indicator, largest, over
+from torchreg.penalties.coefficients import L1L2
+from torchreg.penalties.functional import soft_threshold
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,8 +53,8 @@ class L1(Penalty):
     def _prox(self, w: Tensor, step: Step) -> Tensor:
         return soft_threshold(w, step * self.strength)
 
-    def _soft(self) -> Soft:
-        return Soft(self.strength, 0.0)
+    def _soft(self) -> L1L2:
+        return L1L2(self.strength, 0.0)
 
     def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
         limit = min(self.strength, torch.finfo(w.dtype).max)  # clamp refuses a number beyond the range of w

@@ -7,9 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from torchreg import checks
-from torchreg.checks import Step
-from torchreg.penalties.base import Penalty, Soft, divided, over
+from torchreg._checks import nonnegative
+from torchreg._tensors import Step
+from torchreg.penalties.base import Penalty, divided, over
+from torchreg.penalties.coefficients import L1L2
 
 
 def sum_of_squares(w: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ class L2(Penalty):
         >>> L2.from_weight_decay(1e-2)
         L2(strength=0.005)  # λΣw²
         """
-        return cls(checks.nonnegative("weight_decay", weight_decay, "write L2.from_weight_decay(1e-4)") / 2)
+        return cls(nonnegative("weight_decay", weight_decay, "write L2.from_weight_decay(1e-4)") / 2)
 
     def _value(self, w: Tensor) -> Tensor:
         return self.strength * sum_of_squares(w)
@@ -66,8 +67,8 @@ class L2(Penalty):
     def _prox(self, w: Tensor, step: Step) -> Tensor:
         return divided(w, 1 + 2 * self.strength * step)
 
-    def _soft(self) -> Soft:
-        return Soft(0.0, self.strength)
+    def _soft(self) -> L1L2:
+        return L1L2(0.0, self.strength)
 
     def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
         return 2 * self.strength * w

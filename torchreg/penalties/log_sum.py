@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from torchreg import checks
-from torchreg.checks import Step
-from torchreg.functional import _within, soft_threshold
+from torchreg._checks import greater_than
+from torchreg._tensors import Step
 from torchreg.penalties.concave import Concave, geometric_mean
+from torchreg.penalties.functional import _within, soft_threshold
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,7 +48,7 @@ class LogSum(Concave):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        epsilon = checks.above("epsilon", self.epsilon, 0, "write LogSum(1e-4, epsilon=0.1)")
+        epsilon = greater_than("epsilon", self.epsilon, 0, "write LogSum(1e-4, epsilon=0.1)")
         object.__setattr__(self, "epsilon", epsilon)
 
     def _value(self, w: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from torchreg import checks
-from torchreg.checks import Step
-from torchreg.functional import _choose, _within, firm_threshold
+from torchreg._checks import greater_than
+from torchreg._tensors import Step
 from torchreg.penalties.concave import Concave, geometric_mean
+from torchreg.penalties.functional import _choose, _within, firm_threshold
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,7 +47,7 @@ class MCP(Concave):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "gamma", checks.above("gamma", self.gamma, 0, "write MCP(1e-4, gamma=3.0)"))
+        object.__setattr__(self, "gamma", greater_than("gamma", self.gamma, 0, "write MCP(1e-4, gamma=3.0)"))
 
     def _value(self, w: Tensor) -> Tensor:
         modulus = w.abs().clamp(max=_within(self.gamma * self.strength, w))

@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from torchreg import checks
-from torchreg.checks import Step
+from torchreg._distributed import local_part
+from torchreg._tensors import Step, checked_weights, widened
 from torchreg.penalties.base import Penalty
 from torchreg.penalties.concave import Concave
 from torchreg.penalties.weighted_l1 import WeightedL1
@@ -82,7 +82,7 @@ class Reweighted(Penalty):
 
     def linearized(self, w: Tensor) -> WeightedL1:
         """The tangent of Ω at `w`, less a constant: L1 with the strength ω′(|w|) for each weight."""
-        modulus = checks.widened(checks.local(checks.weights(type(self).__name__, w))).abs()
+        modulus = widened(local_part(checked_weights(type(self).__name__, w))).abs()
         return WeightedL1(1.0, self.penalty._slope(modulus))
 
     def __repr__(self) -> str:

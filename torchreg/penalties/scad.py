@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from torchreg import checks
-from torchreg.checks import Step
-from torchreg.functional import _choose, _within, firm_threshold, soft_threshold
+from torchreg._checks import greater_than
+from torchreg._tensors import Step
 from torchreg.penalties.concave import Concave, geometric_mean
+from torchreg.penalties.functional import _choose, _within, firm_threshold, soft_threshold
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,7 +50,7 @@ class SCAD(Concave):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "a", checks.above("a", self.a, 1, "write SCAD(1e-4, a=3.7)"))
+        object.__setattr__(self, "a", greater_than("a", self.a, 1, "write SCAD(1e-4, a=3.7)"))
 
     def _value(self, w: Tensor) -> Tensor:
         modulus = w.abs().clamp(max=_within(self.a * self.strength, w))

@@ -10,11 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from torchreg.checks import Step
-from torchreg.functional import soft_threshold
-from torchreg.groups import Groups, Rows
+from torchreg._tensors import Step
 from torchreg.penalties.base import indicator, largest, over
+from torchreg.penalties.functional import soft_threshold
 from torchreg.penalties.group_lasso import GroupPenalty, normalized
+from torchreg.penalties.groups import Groups, Rows
 
 
 @dataclass(frozen=True, repr=False)

@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from torchreg import checks
-from torchreg.checks import Step
-from torchreg.penalties.base import Penalty, Soft, inner
-from torchreg.shards import Shard
+from torchreg._distributed import ShardLayout, local_part
+from torchreg._tensors import Step, widened
+from torchreg.penalties.base import Penalty, inner
+from torchreg.penalties.coefficients import L1L2
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
@@ -68,13 +68,13 @@ class Toward(Penalty):
         return dataclasses.replace(self, penalty=self.penalty.scaled(factor))
 
     def linearized(self, w: Tensor) -> Toward:
-        wide = checks.widened(checks.local(w))
-        return dataclasses.replace(self, penalty=self.penalty.linearized(wide - checks.local(self.anchor).to(wide)))
+        wide = widened(local_part(w))
+        return dataclasses.replace(self, penalty=self.penalty.linearized(wide - local_part(self.anchor).to(wide)))
 
     def _rounded_to(self, dtype: torch.dtype) -> Toward:
         return self if self.anchor.dtype is dtype else dataclasses.replace(self, anchor=self.anchor.to(dtype))
 
-    def _on(self, shard: Shard) -> Toward:
+    def _on(self, shard: ShardLayout) -> Toward:
         return dataclasses.replace(self, penalty=self.penalty._on(shard), anchor=shard.part(self.anchor))
 
     def _value(self, w: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class Toward(Penalty):
         # Exact at both ends, where w₀ + kept would round: no step leaves w, and a zero is w₀.
         return torch.where(kept == 0, anchor, w - (away - kept))
 
-    def _soft(self) -> Soft | None:
+    def _soft(self) -> L1L2 | None:
         soft = self.penalty._soft()
         return None if soft is None or soft.anchor is not None else soft._replace(anchor=self.anchor)
 

@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from torchreg import checks
-from torchreg.checks import Step
-from torchreg.functional import _within, soft_threshold
+from torchreg._checks import greater_than
+from torchreg._tensors import Step
 from torchreg.penalties.concave import Concave, geometric_mean
+from torchreg.penalties.functional import _within, soft_threshold
 
 
 @dataclass(frozen=True, repr=False)
@@ -49,7 +49,7 @@ class TransformedL1(Concave):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "a", checks.above("a", self.a, 0, "write TransformedL1(1e-4, a=1.0)"))
+        object.__setattr__(self, "a", greater_than("a", self.a, 0, "write TransformedL1(1e-4, a=1.0)"))
 
     def _value(self, w: Tensor) -> Tensor:
         modulus = w.abs()

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from torchreg.checks import Step
-from torchreg.functional import soft_threshold
+from torchreg._tensors import Step
 from torchreg.penalties.base import Penalty, indicator, largest, over
+from torchreg.penalties.functional import soft_threshold
 
 
 @dataclass(frozen=True, repr=False, eq=False)

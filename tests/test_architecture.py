@@ -1,0 +1,311 @@
+"""The house rules: who imports whom, what an import loads, which names are taken, and that names are explained."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import importlib.util
+import inspect
+import re
+import subprocess
+import sys
+import types
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+import torchreg
+from tests import public_api
+
+PACKAGE = Path(torchreg.__file__).parent
+REPOSITORY = Path(__file__).parents[1]
+
+# A file imports only from files above it.
+ORDER = [
+    "_distributed",
+    "_checks",
+    "_tensors",
+    "_tables",
+    "penalties",
+    "kernels",
+    "binding",
+    "inspection",
+    "optim",
+    "testing",
+    "training",
+    "views",
+    "__main__",
+]
+# The same within a package, where it is settled; elsewhere it is enough that no circle closes.
+INSIDE = {
+    "penalties": ["coefficients", "functional", "groups", "base"],
+    "kernels": ["random_bits", "native", "cuda_kernels", "cuda", "backend", "weight_stats", "step_tables", "l1l2"],
+    "binding": ["selection", "connectivity", "bindings", "evaluation", "regularizer", "loss"],
+    "inspection": ["zero_counts", "certificates"],
+    "optim": ["step_sizes", "attachment", "proximal", "fista"],
+    "training": ["schedules", "refit", "target_sparsity", "paths", "cross_validation", "stages", "recipes"],
+    "views": ["tags", "reading", "measurement", "plots", "checkpoints", "reports", "tensorboard", "server"],
+}
+# Optional packages, by the only part of the house that may import them (by none of it, where there is no name).
+ONLY_IN = {
+    "tensorboard": "views",
+    "google_crc32c": "views",
+    "PIL": "views",
+    "matplotlib": "views",
+    "safetensors": "views",
+    "triton": "kernels",
+    "sklearn": None,
+    "torchvision": None,
+    "tqdm": None,
+}
+
+# ---------------------------------------------------------------------- who imports whom
+
+
+def sources() -> dict[str, str]:
+    """The text of every module of the library, by its dotted name; a package goes by its own name."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text(encoding="utf-8")
+    return found
+
+
+def imports(module: str, modules: Mapping[str, str]) -> set[str]:
+    """What `module` imports, wherever in its text: modules of `modules` by their names, all else as it is written."""
+    is_package = any(name.startswith(f"{module}.") for name in modules)
+    found = set()
+    for node in ast.walk(ast.parse(modules[module])):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = module if is_package else module.rpartition(".")[0]
+            origin = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            for alias in node.names:
+                submodule = f"{origin}.{alias.name}"
+                found.add(submodule if submodule in modules else origin)
+    return found
+
+
+def violations(modules: Mapping[str, str]) -> list[str]:
+    """Every import that goes down the list, and every file that has no place in it."""
+    found = []
+    for module in modules:
+        part, *rest = module.split(".")[1:] or [""]
+        if part and part not in ORDER:
+            found.append(f"{module} has no place in ORDER")
+            continue
+        for other in sorted(imports(module, modules)):
+            if other.partition(".")[0] != "torchreg":
+                continue
+            target, *deeper = other.split(".")[1:] or [""]
+            inside = INSIDE.get(part, [])
+            if not part or target not in ["", *ORDER] or (target == part and not rest):
+                continue  # the package itself may import anything of its own
+            if not target and part == "__main__":
+                continue  # below everything, it may import everything
+            if not target:
+                found.append(f"{module} imports torchreg itself, which imports everything")
+            elif target and target != part:
+                if ORDER.index(target) > ORDER.index(part):
+                    found.append(f"{module} imports {other}, which stands below it")
+            elif not deeper:
+                found.append(f"{module} imports its own package, which imports it")
+            elif deeper[0] in inside and rest[0] in inside and inside.index(deeper[0]) > inside.index(rest[0]):
+                found.append(f"{module} imports {other}, which stands below it")
+    return found
+
+
+def everything_behind(module: str, modules: Mapping[str, str]) -> set[str]:
+    """All that comes along when `module` is imported, the packages on the way apart."""
+    seen, queue = set(), [module]
+    while queue:
+        for other in imports(queue.pop(), modules) - seen:
+            seen.add(other)
+            if other in modules:
+                queue.append(other)
+    return seen
+
+
+def test_a_file_imports_only_from_files_above_it():
+    assert not violations(sources())
+
+
+def test_no_circle_closes():
+    modules = sources()
+    graph = {
+        module: {other for other in imports(module, modules) if other in modules and other != module}
+        for module in modules
+    }
+    list(graphlib.TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "complaint"),
+    [
+        (
+            "penalties.l1",
+            "from torchreg.binding import selection",
+            "imports torchreg.binding.selection, which stands below",
+        ),
+        ("penalties.l1", "def f():\n    import torchreg.optim.attachment", "which stands below it"),
+        (
+            "penalties.l1",
+            "from ..binding.regularizer import Regularizer",
+            "imports torchreg.binding.regularizer, which",
+        ),
+        ("penalties.l1", "from torchreg import L2", "imports torchreg itself"),
+        ("optim.step_sizes", "from torchreg.optim.attachment import attach", "which stands below it"),
+        ("optim.proximal", "from torchreg import optim", "imports its own package"),
+        ("novelty", "", "has no place in ORDER"),
+    ],
+)
+def test_an_import_that_breaks_the_rule_is_seen(module, text, complaint):
+    broken = {**sources(), f"torchreg.{module}": text}
+    [violation] = violations(broken)
+    assert violation.startswith(f"torchreg.{module} ")
+    assert complaint in violation
+
+
+@pytest.mark.parametrize(
+    ("who", "never"),
+    [
+        ("penalties", ["kernels", "binding", "optim", "views"]),
+        ("binding", ["optim", "training", "views"]),
+        ("optim", ["training", "views"]),
+    ],
+)
+def test_nothing_comes_along_that_one_must_not_see(who, never):
+    modules = sources()
+    names = [name for name in modules if name.split(".")[1:2] == [who]]
+    assert names
+    for name in names:
+        seen = {other.split(".")[1] for other in everything_behind(name, modules) if other.startswith("torchreg.")}
+        assert not seen & set(never), f"{name} brings in {seen & set(never)}"
+
+
+def test_the_walk_sees_the_imports_that_are_there():
+    modules = sources()
+    assert "torchreg.penalties.l2" in imports("torchreg.penalties.elastic_net", modules)
+    assert {"torchreg._checks", "torchreg.binding.selection", "torch"} <= imports(
+        "torchreg.binding.regularizer", modules
+    )
+    assert "torchreg.penalties.functional" in everything_behind("torchreg.binding.regularizer", modules)
+
+
+@pytest.mark.parametrize("package", ONLY_IN)
+def test_an_optional_package_is_imported_in_its_own_part_alone(package):
+    modules = sources()
+    for module in modules:
+        part = (module.split(".")[1:] or [""])[0]
+        if part != ONLY_IN[package]:
+            users = [other for other in imports(module, modules) if package in other.split(".")]
+            assert not users, f"{module} imports {users}"
+
+
+# ---------------------------------------------------------------------- what is loaded
+
+
+def test_import_torchreg_loads_torch_and_nothing_heavier():
+    # What torch itself brings along is torch's affair, and differs between its versions.
+    code = (
+        "import sys, warnings, torch; before = set(sys.modules); warnings.simplefilter('error'); import torchreg; "
+        "print(*(name for name in sys.modules if name not in before))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    loaded = set(run.stdout.split())
+    heavy = {*ONLY_IN, "torch.utils.tensorboard", "torch._dynamo", "numpy", "scipy", "pandas"}
+    assert "torchreg.binding.regularizer" in loaded
+    assert not heavy & loaded
+
+
+# ---------------------------------------------------------------------- what names are taken
+
+
+PUBLIC = public_api.NAMES
+
+
+def test_the_public_names_are_found():
+    assert {"torchreg.L1", "torchreg.sparsity", "torchreg.optim.attach", "torchreg.functional.soft_threshold"} <= {
+        *PUBLIC
+    }
+
+
+def test_no_module_bears_the_name_of_a_public_function():
+    functions = {name.rpartition(".")[2] for name, value in PUBLIC.items() if inspect.isfunction(value)}
+    assert not functions & {module.rpartition(".")[2] for module in sources()}
+
+
+@pytest.mark.parametrize("folder", ["examples", "benchmarks"])
+def test_no_script_bears_the_name_of_a_standard_module(folder):
+    # A script's folder comes first on the path: statistics.py in it would shadow the standard one.
+    names = {path.stem for path in (REPOSITORY / folder).rglob("*.py")} - {"__init__", "__main__"}
+    assert not names & set(sys.stdlib_module_names)
+
+
+def test_every_package_is_shipped():
+    shipped = re.search(
+        r"^packages = (\[.*?\])", (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"), re.M | re.S
+    )
+    packages = {module for module in sources() if any(other.startswith(f"{module}.") for other in sources())}
+    assert set(ast.literal_eval(shipped[1])) == packages
+
+
+# ---------------------------------------------------------------------- that names are explained
+
+# Public names whose docstring needs no example, with the reason.
+NO_EXAMPLE = {
+    "torchreg.Penalty": "abstract; each penalty shows its own",
+    "torchreg.Concave": "abstract; each concave penalty shows its own",
+    "torchreg.ParameterRef": "made by select(), which shows it",
+    "torchreg.Sparsity": "made by sparsity(), which shows it",
+    "torchreg.LayerSparsity": "a row of Sparsity",
+    "torchreg.Stationarity": "made by stationarity(), which shows it",
+    "torchreg.PathPoint": "made by path(), which shows it",
+    "torchreg.CrossValidation": "made by cross_validate(), which shows it",
+    "torchreg.Stage": "abstract; each stage shows its own",
+    "torchreg.Backend": "made by backends(), which shows it",
+    "torchreg.Backends": "made by backends(), which shows it",
+    "torchreg.FrozenZeros": "made by freeze_zeros(), which shows it",
+    "torchreg.optim.Attachment": "made by attach(), which shows it",
+    "torchreg.optim.StepSize": "a protocol",
+    "torchreg.optim.learning_rate": "an argument of attach()",
+}
+
+
+def docstring(value: object) -> str:
+    """What stands in the source itself: not what a dataclass writes by itself, nor what is inherited."""
+    text = vars(value).get("__doc__") if inspect.isclass(value) else getattr(value, "__doc__", None)
+    return "" if not text or text.startswith(f"{getattr(value, '__name__', '')}(") else text
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_name_has_a_docstring(name):
+    assert docstring(PUBLIC[name]).strip()
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if name not in NO_EXAMPLE])
+def test_a_public_name_has_an_example(name):
+    assert ">>>" in docstring(PUBLIC[name]), f"{name} needs an example, or a reason in NO_EXAMPLE"
+
+
+def test_the_exemptions_are_still_needed():
+    assert not [name for name in NO_EXAMPLE if name not in PUBLIC or ">>>" in docstring(PUBLIC[name])]
+
+
+@pytest.mark.parametrize("name", [name for name, value in PUBLIC.items() if inspect.isclass(value)])
+def test_a_public_class_has_no_method_without_a_docstring(name):
+    members = {key: value for key, value in inspect.getmembers(PUBLIC[name]) if not key.startswith("_")}
+    own = {key: value for key, value in members.items() if is_ours(PUBLIC[name], key)}
+    bare = [key for key, value in own.items() if not inspect.getdoc(value)]
+    assert not bare, f"{', '.join(bare)}: a public method or property says what it gives"
+
+
+def is_ours(kind: type, key: str) -> bool:
+    """`key` is a method or property that a class of this library defines."""
+    owner = next(base for base in kind.__mro__ if key in vars(base))
+    value = vars(owner)[key]
+    return owner.__module__.startswith("torchreg") and isinstance(
+        value, (types.FunctionType, classmethod, staticmethod, property)
+    )

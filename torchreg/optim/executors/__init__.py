@@ -1,0 +1,3 @@
+"""The ways to take a proximal step, behind one interface."""
+
+__all__ = []

@@ -1,0 +1,598 @@
+"""Regularization paths: one fit a λ, each from the weights of the last, and what every one of them is worth."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import gc
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from torchreg._checks import nonnegative, whole_number
+from torchreg._tables import render_table
+from torchreg.binding.bindings import Binding
+from torchreg.binding.regularizer import Regularizer
+from torchreg.binding.selection import unwrapped
+from torchreg.inspection.certificates import Closure, lambda_max
+from torchreg.inspection.zero_counts import sparsity
+from torchreg.optim.attachment import Attachment
+
+Fit = Callable[[nn.Module, Regularizer], object]
+"""Trains the model from the weights that it has, under the penalties of the regularizer; what it returns is ignored."""
+Score = Callable[[nn.Module], float]
+"""What the model is worth, on data that it was not trained on: higher is better."""
+Strengths = dict[str, dict[str, float]]
+"""By term and name, as `Regularizer.state_dict()` has them."""
+
+
+@dataclass(frozen=True, eq=False)
+class PathPoint:
+    """One λ of a path, and the model that was fitted there.
+
+    Attributes:
+        strength: λ.
+        score: what `score(model)` gave; None without one.
+        sparsity: the share of the selected weights that are exactly 0.
+        left: how many of them are not.
+        features: the inputs of the first selected weight that are alive; 0 of a vector, which has none.
+        penalty: the value of all terms.
+        loss: the data loss; None without a closure.
+        strengths: what `reg.state_dict()` was.
+        state: what `model.state_dict()` was, copied to the CPU; None where `keep` let it go.
+    """
+
+    strength: float
+    score: float | None
+    sparsity: float
+    left: int
+    features: int
+    penalty: float
+    loss: float | None
+    strengths: Strengths
+    state: dict[str, Any] | None
+
+    @property
+    def objective(self) -> float | None:
+        """loss + penalty; None without a closure."""
+        return None if self.loss is None else self.loss + self.penalty
+
+    def load_into(self, reg: Regularizer) -> None:
+        """Puts the model of `reg` and its strengths where they were at this point.
+
+        Raises:
+            ValueError: the weights were not kept, or `reg` has other terms. Nothing has changed then.
+            RuntimeError: the model of `reg` is another one.
+        """
+        state = self._kept()
+        reg.load_state_dict(self.strengths)
+        reg.model.load_state_dict(state)
+
+    def _kept(self) -> dict[str, Any]:
+        if self.state is None:
+            raise ValueError(
+                f"the weights at λ={self.strength:g} were not kept; let keep= return this point, or fit there again: "
+                f"path(reg, fit, lambdas=[{self.strength!r}])"
+            )
+        return self.state
+
+    def __repr__(self) -> str:
+        score = "" if self.score is None else f"score={self.score:.4g}, "
+        return f"PathPoint(strength={self.strength:.4g}, {score}left={self.left}, features={self.features})"
+
+
+class RegularizationPath(Sequence[PathPoint]):
+    """The points of a path in the order in which they were walked; `print` shows a table.
+
+    An empty one is filled by `path(..., into=it)` point by point. It pickles; for a checkpoint that
+    `torch.load(weights_only=True)` reads there is `state_dict()`.
+
+    Attributes:
+        lambdas: the whole grid, walked or not.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> reg = Regularizer(model, L1(1.0))
+    >>> walked = tr.path(reg, lambda model, reg: reg.prox_(1.0), lambdas=[0.1, 9.0])
+    >>> torch.save(walked.state_dict(), "path.pt")
+    >>> again = RegularizationPath()
+    >>> again.load_state_dict(torch.load("path.pt", weights_only=True))
+    >>> again[-1]
+    PathPoint(strength=9, left=0, features=0)
+    """
+
+    def __init__(self) -> None:
+        self.lambdas: tuple[float, ...] = ()
+        self._points: list[PathPoint] = []
+        self._names: list[str] = []  # of the selected weights
+        self._proportions: Strengths = {}  # every strength over λ
+        self._rng: dict[str, Tensor] = {}  # torch's generators after the last point
+
+    @overload
+    def __getitem__(self, index: int) -> PathPoint: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[PathPoint]: ...
+    def __getitem__(self, index: int | slice) -> PathPoint | list[PathPoint]:
+        return self._points[index]
+
+    def __len__(self) -> int:
+        return len(self._points)
+
+    def __repr__(self) -> str:
+        return f"RegularizationPath({len(self)} of {len(self.lambdas)} points)"
+
+    def __str__(self) -> str:
+        columns: list[tuple[str, list[str]]] = [
+            ("λ", [f"{point.strength:.4g}" for point in self]),
+            ("score", ["" if point.score is None else f"{point.score:.4g}" for point in self]),
+            ("zeros", [f"{point.sparsity:.2%}" for point in self]),
+            ("left", [f"{point.left:,}" for point in self]),
+            ("features", [f"{point.features:,}" for point in self]),
+            ("penalty", [f"{point.penalty:.4g}" for point in self]),
+            ("objective", ["" if point.objective is None else f"{point.objective:.4g}" for point in self]),
+        ]
+        shown = [(name, cells) for name, cells in columns if any(cells) or not cells]
+        rows = [list(row) for row in zip(*(cells for _, cells in shown), strict=True)]
+        return render_table([name for name, _ in shown], rows, right=range(len(shown)))
+
+    def best(self) -> PathPoint:
+        """The point with the highest score, of equal ones that with the largest λ.
+
+        Raises:
+            ValueError: no point has a score.
+        """
+        scored = [(point.score, point.strength, point) for point in self if point.score is not None]
+        scored = [row for row in scored if not math.isnan(row[0])]
+        if not scored:
+            raise ValueError(f"no point of {self!r} has a score; give path() one: score=lambda model: accuracy(model)")
+        return max(scored, key=lambda row: row[:2])[2]
+
+    def weights(self, name: str | None = None) -> Tensor:
+        """The weights of one parameter at every point.
+
+        Args:
+            name: which selected parameter; the first by default.
+        Shape:
+            (points, entries), on the CPU.
+        Raises:
+            ValueError: there is no such parameter, or weights were not kept.
+        """
+        chosen = next(iter(self._names), "") if name is None else name
+        rows = []
+        for point in self:
+            state = {unwrapped(key): value for key, value in point._kept().items()}
+            if chosen not in state:
+                raise ValueError(f"{chosen!r} is not in the states of this path; they have {list(state)}")
+            rows.append(state[chosen].flatten())
+        if not rows:
+            raise ValueError("the path has no points yet; walk it with path(reg, fit, closure, into=it)")
+        return torch.stack(rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything in plain numbers and tensors, for `torch.load(weights_only=True)`."""
+        return {
+            "lambdas": list(self.lambdas),
+            "points": [{field.name: getattr(p, field.name) for field in dataclasses.fields(p)} for p in self],
+            "names": list(self._names),
+            "proportions": copy.deepcopy(self._proportions),
+            "rng": dict(self._rng),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict()` gave.
+
+        Raises:
+            ValueError: it is no state of a path; nothing has changed.
+        """
+        try:
+            points = [PathPoint(**point) for point in state["points"]]
+            lambdas, names, proportions, rng = (state[key] for key in ("lambdas", "names", "proportions", "rng"))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this is no state of a path ({error}); load what path.state_dict() gave") from error
+        self.lambdas, self._points, self._names = tuple(lambdas), points, list(names)
+        self._proportions, self._rng = proportions, rng
+
+
+Stop = Callable[[RegularizationPath], object]
+Keep = Callable[[RegularizationPath], Iterable[PathPoint]]
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Ends a path once `points` points in a row have not improved on the best score before them.
+
+    Args:
+        points: how many, at least 1.
+    Raises:
+        TypeError, ValueError: `points` is no integer ≥ 1; when called, ValueError if the path has no scores.
+
+    >>> scores = iter([0.1, 0.4, 0.3, 0.4, 0.2])
+    >>> reg = Regularizer(nn.Linear(2, 1), L1(1.0))
+    >>> len(tr.path(reg, lambda *_: None, lambdas=range(5), score=lambda _: next(scores), stop=tr.Patience(2)))
+    4
+    """
+
+    points: int
+
+    def __post_init__(self) -> None:
+        whole_number("points", self.points)
+
+    def __call__(self, walked: RegularizationPath) -> bool:
+        """Whether the score has stood still for so long."""
+        if walked[-1].score is None:
+            raise ValueError("patience needs a score; give path() one: score=lambda model: accuracy(model)")
+        scores = [-math.inf if p.score is None or math.isnan(p.score) else p.score for p in walked]
+        return len(scores) - 1 - scores.index(max(scores)) >= self.points
+
+
+def path(
+    reg: Regularizer,
+    fit: Fit,
+    closure: Closure | None = None,
+    *,
+    lambdas: Iterable[float] | None = None,
+    score: Score | None = None,
+    stop: Stop | None = None,
+    keep: Keep | None = None,
+    into: RegularizationPath | None = None,
+) -> RegularizationPath:
+    """Fits the model of `reg` at one λ after the other, each time from the weights of the last: a warm start.
+
+    λ is the first strength of `reg` that is not 0; all others move in proportion to it: from `ElasticNet(1e-3, 1e-4)`
+    the path keeps l2 = l1/10, as scikit-learn's `enet_path` keeps its `l1_ratio`. The path sets the strengths and
+    starts each fit with every `factor` at 1, so a schedule within `fit` may move that.
+
+    The grid is walked as it stands. Down from λ_max, the default, it goes from no weights to many: right for a linear
+    model, whose solution at λ_max is known. A network is better walked up, from the dense one down in weights, as
+    LassoNet does: neurons that have died do not come back.
+
+    Args:
+        reg: the penalties, and through them the model.
+        fit: `fit(model, reg)` trains the model as always, to convergence where it is convex, with an optimizer of its
+            own; it need not know of λ. It starts from the weights that are there.
+        closure: the data loss, as in `lambda_max`: for the grid, and for `loss` and `objective` of the points.
+        lambdas: the grid, of numbers ≥ 0; None is `lambda_grid(reg, fit, closure)`.
+        score: `score(model)`, higher is better.
+        stop: `stop(path)` is asked after every point, with those so far, and ends the path by returning true:
+            `Patience(5)`, or `lambda path: path[-1].sparsity < 0.5`. It is also the place to save a checkpoint.
+        keep: `keep(path)` is asked after every point whose weights to keep: `lambda path: [path.best()]`, or
+            `lambda path: []` for none. All by default. The last point has its weights always.
+        into: a path to add the points to, in place: those that are there when `fit` raises stay in it. One that was
+            broken off, or loaded, goes on after its last point, from its weights and the state that torch's random
+            generators had: bit for bit as if it had gone through. `lambdas` may then give it a longer grid.
+    Returns:
+        The path. Model and `reg` are left at its last point, after an exception too (before the first point, as they
+        were). For `score` and `closure` the model is in evaluation mode.
+    Raises:
+        TypeError: `reg` is no regularizer, something cannot be called, or the score is no number.
+        ValueError: there is neither a grid nor a closure, a λ is negative or not finite, all strengths are 0, `reg` is
+            disabled, or `into` is a path of other terms or another grid. Nothing has changed then.
+    Source: Friedman, Hastie and Tibshirani, 2010, for the grid and the warm starts; Lemhadri et al., 2021 (LassoNet),
+        for the way up.
+
+    >>> x, y = torch.eye(3), torch.tensor([[3.0], [0.6], [-0.3]])
+    >>> model = nn.Linear(3, 1, bias=False)
+    >>> reg = Regularizer(model, L1(1.0))
+    >>> def fit(model, reg):
+    ...     optimizer = tr.optim.ProxSGD(model.parameters(), lr=1.5, regularizer=reg)
+    ...     for step in range(20):
+    ...         optimizer.zero_grad()
+    ...         nn.functional.mse_loss(model(x), y).backward()
+    ...         optimizer.step()
+    >>> print(path(reg, fit, lambda: nn.functional.mse_loss(model(x), y), lambdas=[2.0, 0.4, 0.1]))
+      λ    zeros  left  features  penalty  objective
+    ---  -------  ----  --------  -------  ---------
+      2  100.00%     0         0        0       3.15
+    0.4   66.67%     1         1     0.96       1.23
+    0.1    0.00%     3         3    0.345     0.3675
+    """
+    check_regularizer(reg)
+    if not isinstance(into, RegularizationPath | None):
+        raise TypeError(f"into is a {type(into).__name__}; pass a RegularizationPath(), empty or to go on with")
+    for name, value in {"fit": fit, "closure": closure, "score": score, "stop": stop, "keep": keep}.items():
+        _check_callable(name, value, needed=name == "fit")
+    if not reg.enabled:
+        raise ValueError("reg is disabled, so that every λ would give the same model; call reg.enable() first")
+    walked = RegularizationPath() if into is None else into
+    names, proportions = [name for name, _ in reg.named_parameters()], _proportions(reg)
+    grid = None if lambdas is None else checked_grid(lambdas)
+    if walked.lambdas:
+        _check_same(walked, names, proportions, grid)
+        if walked:
+            walked[-1].load_into(reg)
+        set_rng(walked._rng)
+    else:
+        if grid is None:
+            if closure is None:
+                raise ValueError("there is no grid; pass lambdas, or the closure from whose gradients λ_max follows")
+            grid = lambda_grid(reg, fit, closure)
+        walked._names, walked._proportions, walked._rng = names, proportions, rng_states(reg.model)
+    walked.lambdas = grid or walked.lambdas
+
+    back = (copied(reg.model.state_dict()), reg.state_dict())
+    if walked and stop is not None and stop(walked):
+        return walked
+    for strength in walked.lambdas[len(walked) :]:
+        try:
+            _set(reg, strength, walked._proportions)
+            with fitting(reg):
+                fit(reg.model, reg)
+            point = _measured(reg, strength, closure, score)
+        except BaseException:
+            reg.model.load_state_dict(back[0])
+            reg.load_state_dict(back[1])
+            raise
+        assert point.state is not None
+        back = point.state, point.strengths
+        walked._rng = rng_states(reg.model)
+        walked._points.append(point)
+        if keep is not None:
+            kept = {id(one) for one in keep(walked)} | {id(point)}
+            walked._points = [
+                one if id(one) in kept or one.state is None else dataclasses.replace(one, state=None) for one in walked
+            ]
+        if stop is not None and stop(walked):
+            break
+    return walked
+
+
+def lambda_grid(
+    reg: Regularizer, fit: Fit, closure: Closure, *, n: int = 100, ratio: float = 1e-3
+) -> tuple[float, ...]:
+    """`n` values of λ, from λ_max down to ratio·λ_max, each the same factor below the last.
+
+    λ_max is the smallest λ at which all weights that can be zero are zero. It depends on the parameters that train
+    without a penalty (the intercept, say). Where there are such, they are fitted first: `fit` is called once or twice
+    with the other weights at zero and a λ that keeps them there, and λ_max is rounded up by 10√ε of the weights' dtype.
+    Model and `reg` are left as they were.
+
+    Args:
+        reg, fit, closure: as in `path`.
+        n: how many, at least 1.
+        ratio: the smallest λ over the largest, between 0 and 1.
+    Returns:
+        λ in the units of `path`: of the first strength of `reg` that is not 0.
+    Raises:
+        TypeError: `reg` is no regularizer, something cannot be called, or `n` or `ratio` is no number.
+        ValueError: `n` or `ratio` is out of range, no term holds a weight at zero, or λ_max is 0 or not finite, as it
+            may be for a deep network: at zero weights little has a gradient.
+    Source: Friedman, Hastie and Tibshirani, 2010, section 2.5; scikit-learn's `lasso_path` has the same defaults.
+
+    >>> x, y = torch.eye(3), torch.tensor([[3.0], [0.6], [-0.3]])
+    >>> model = nn.Linear(3, 1, bias=False)
+    >>> reg = Regularizer(model, L1(1.0))
+    >>> lambda_grid(reg, print, lambda: nn.functional.mse_loss(model(x), y), n=3, ratio=0.25)  # no intercept to fit
+    (2.0, 1.0, 0.5)
+    """
+    check_regularizer(reg)
+    whole_number("n", n)
+    ratio = nonnegative("ratio", ratio, "it is the smallest λ over the largest, such as 1e-3")
+    if not 0 < ratio < 1:
+        raise ValueError(f"ratio={ratio!r} must lie between 0 and 1; it is the smallest λ over the largest")
+    _check_callable("fit", fit, needed=True)
+    largest = _largest(reg, fit, closure)
+    return tuple(largest * ratio ** (i / max(n - 1, 1)) for i in range(n))
+
+
+def _largest(reg: Regularizer, fit: Fit, closure: Closure) -> float:
+    """λ_max of all terms together, with whatever trains without a penalty fitted."""
+    largest, held = _lambda_max(reg, closure)
+
+    def corner(binding: Binding) -> Tensor:
+        w = binding.parameter().detach()
+        return torch.zeros_like(w) if binding.anchor is None else binding.anchor.to(w)
+
+    own = {id(binding.parameter()) for binding in held}
+    if all(id(w) in own for w in reg.model.parameters() if w.requires_grad):
+        return largest
+    with put_back(reg):
+        for _ in range(2):  # the first λ_max, of an intercept that is not fitted, may be too small by chance
+            for binding in held:
+                binding.parameter().data.copy_(corner(binding))
+            # A penalty holds them there: frozen weights would leave an optimizer's certificate nothing to compare with.
+            _set(reg, 10 * largest, _proportions(reg))
+            with fitting(reg):
+                fit(reg.model, reg)
+            largest, _ = _lambda_max(reg, closure)
+            if all(torch.equal(binding.parameter(), corner(binding)) for binding in held):
+                break
+    # A fit finds an intercept to some √ε, and at a λ_max that is too small by as much a weight would already live.
+    precision = max(torch.finfo(binding.parameter().dtype).eps for binding in held)
+    return largest * (1 + 10 * math.sqrt(precision))
+
+
+def _lambda_max(reg: Regularizer, closure: Closure) -> tuple[float, list[Binding]]:
+    """The smallest λ that holds at zero all weights that a penalty can hold there; and these."""
+    with evaluating(reg.model):
+        found = lambda_max(reg, closure)
+    firsts = {key: next(filter(None, shares.values()), 0.0) for key, shares in _proportions(reg).items()}
+    candidates = {key: found[key] / first for key, first in firsts.items() if first and found[key] != math.inf}
+    if not candidates:
+        raise ValueError(
+            f"{reg!r} has no term that holds a weight at zero (L2 does not), so there is no λ_max; pass lambdas, such "
+            "as [10 ** (-i / 10) for i in range(30)]"
+        )
+    if not 0 < sum(candidates.values()) < math.inf:  # NaN too
+        raise ValueError(
+            f"λ_max is {max(candidates.values()):g}: at zero weights the loss has no gradient to weigh λ against, as "
+            "in a network of several layers; pass lambdas, from small to large, and walk up from the dense network"
+        )
+    bindings = [b for b in reg._current() if b.term.key in candidates and b.scale and b.parameter().requires_grad]
+    return max(candidates.values()), bindings
+
+
+# ---------------------------------------------------------------------- one point
+
+
+def _proportions(reg: Regularizer) -> Strengths:
+    """Every strength over the first that is not 0, which is λ."""
+    strengths = {key: term.strengths for key, term in reg.terms.items()}
+    first = next((value for values in strengths.values() for value in values.values() if value), None)
+    if first is None:
+        raise ValueError(f"every strength of {reg!r} is 0, which leaves no proportion to walk in; write L1(1.0)")
+    return {key: {name: value / first for name, value in values.items()} for key, values in strengths.items()}
+
+
+def _set(reg: Regularizer, strength: float, proportions: Strengths) -> None:
+    reg.load_state_dict(
+        {
+            key: {**{name: strength * share for name, share in shares.items()}, "factor": 1.0}
+            for key, shares in proportions.items()
+        }
+    )
+
+
+def _measured(reg: Regularizer, strength: float, closure: Closure | None, score: Score | None) -> PathPoint:
+    """The point of the path at which the model stands."""
+    with evaluating(reg.model), torch.no_grad():
+        worth = None if score is None else _number("score", score(reg.model))
+        loss = None
+        if closure is not None:
+            with reg.disabled():
+                loss = _number("closure", closure())
+        penalty = reg().item()
+    found = sparsity(reg)
+    first = found.layers[0]
+    return PathPoint(
+        strength,
+        worth,
+        found.fraction,
+        found.weights - found.zeros,
+        first.inputs - first.dead_inputs,
+        penalty,
+        loss,
+        reg.state_dict(),
+        copied(reg.model.state_dict()),
+    )
+
+
+def _number(name: str, value: object) -> float:
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if isinstance(number, bool) or not isinstance(number, Real):
+        what = f"a tensor of shape {tuple(number.shape)}" if isinstance(number, Tensor) else type(number).__name__
+        raise TypeError(f"{name} returned {what}; it must return a number")
+    return float(number)
+
+
+def copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy on the CPU: `state_dict()` aliases the live weights."""
+    return {
+        key: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
+        for key, value in state.items()
+    }
+
+
+# ---------------------------------------------------------------------- what a fit may leave behind
+
+
+@contextlib.contextmanager
+def put_back(reg: Regularizer) -> Iterator[None]:
+    """After the block, model and strengths are what they were before it."""
+    state, strengths = copied(reg.model.state_dict()), reg.state_dict()
+    try:
+        yield
+    finally:
+        reg.model.load_state_dict(state)
+        reg.load_state_dict(strengths)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; after the block every module is in the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def fitting(reg: Regularizer) -> Iterator[None]:
+    """Lets go of the optimizers that a fit makes for itself: the next one brings its own."""
+    before = [reference() for reference, _ in reg._routes]
+
+    def left() -> list[Attachment]:
+        routes = [reference() for reference, _ in reg._routes]
+        return [route for route in routes if isinstance(route, Attachment) and route.alive and route not in before]
+
+    try:
+        yield
+    except BaseException:
+        for route in left():  # the traceback holds the optimizer, which nobody will step any more
+            route.remove()
+        raise
+    if left():
+        gc.collect()  # a trainer and its optimizer may hold each other
+    reg._forget_dead()
+
+
+def rng_states(model: nn.Module) -> dict[str, Tensor]:
+    """The states of torch's random generators, of the CPU and where the model is."""
+    cuda = {str(w.device): torch.cuda.get_rng_state(w.device) for w in model.parameters() if w.is_cuda}
+    return {"cpu": torch.get_rng_state(), **cuda}
+
+
+def set_rng(states: Mapping[str, Tensor]) -> None:
+    for device, state in states.items():
+        if device == "cpu":
+            torch.set_rng_state(state)
+        elif torch.cuda.is_available():
+            torch.cuda.set_rng_state(state, device)
+
+
+# ---------------------------------------------------------------------- what was given
+
+
+def check_regularizer(reg: object) -> None:
+    """Raises unless it is one."""
+    if not isinstance(reg, Regularizer):
+        raise TypeError(f"reg is a {type(reg).__name__}; build one first: Regularizer(model, L1(1e-4))")
+
+
+def checked_grid(lambdas: object) -> tuple[float, ...]:
+    """`lambdas` as numbers, or an error."""
+    if isinstance(lambdas, str) or not isinstance(lambdas, Iterable):
+        raise TypeError(f"lambdas={lambdas!r} is a {type(lambdas).__name__}; pass numbers, such as [1e-2, 1e-3]")
+    values = lambdas.tolist() if hasattr(lambdas, "tolist") else lambdas  # of tensors and arrays
+    grid = tuple(nonnegative("λ", value, "pass numbers, such as [1e-2, 1e-3]") for value in values)
+    if not grid:
+        raise ValueError("lambdas is empty; give at least one λ, or None for lambda_grid(reg, fit, closure)")
+    return grid
+
+
+def _check_callable(name: str, value: object, needed: bool) -> None:
+    if not callable(value) and (needed or value is not None):
+        raise TypeError(f"{name} is a {type(value).__name__}, which cannot be called; pass a function")
+
+
+def _check_same(
+    walked: RegularizationPath, names: Sequence[str], proportions: Strengths, grid: Sequence[float] | None
+) -> None:
+    """Raises where a path cannot go on as asked."""
+    if list(names) != walked._names:
+        raise ValueError(
+            f"into is a path of {', '.join(walked._names)}, and reg selects {', '.join(names)}; pass the regularizer "
+            "it was walked with, or a new RegularizationPath()"
+        )
+    ours, theirs = (
+        {(key, name): share for key, shares in found.items() for name, share in shares.items()}
+        for found in (proportions, walked._proportions)
+    )
+    if ours.keys() != theirs.keys() or not all(math.isclose(ours[key], theirs[key]) for key in ours):
+        raise ValueError(
+            f"into was walked with strengths in the proportions {walked._proportions}, and reg has {proportions}; pass "
+            "the regularizer it was walked with, or a new RegularizationPath()"
+        )
+    done = [point.strength for point in walked]
+    if grid is not None and list(grid[: len(done)]) != done:
+        raise ValueError(
+            f"lambdas does not begin with the {len(done)} λ that into has walked already, {done[0]:g} to {done[-1]:g}; "
+            "append the new ones to those, or pass a new RegularizationPath()"
+        )

@@ -1,0 +1,526 @@
+"""Stages: a training as a recipe (dense, regularized, refitted), read as a table and gone through stage by stage."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchreg._checks import checked_state, greater_than, whole_number
+from torchreg._tables import render_table
+from torchreg.binding.regularizer import Regularizer
+from torchreg.penalties.groups import Groups
+from torchreg.training.paths import check_regularizer, copied, fitting, rng_states, set_rng
+from torchreg.training.refit import freeze_zeros
+from torchreg.training.schedules import Constant, Curve, Schedule, _check_curve
+from torchreg.training.target_sparsity import TargetSparsity
+
+AS_WRITTEN = Constant(1.0)
+"""The curve of a λ that stays as it was written."""
+
+# ---------------------------------------------------------------------- one stage
+
+
+@dataclass(frozen=True, repr=False)
+class Stage(ABC):
+    """What holds during one part of a training; a stage of one's own says so in `on` and `holds`.
+
+    Args:
+        steps: how many steps its optimizer makes.
+        rewind: the stage starts from the weights as they were after that stage of the recipe, 0 being its beginning;
+            weights that are zero stay zero. None is the weights as they are.
+    Attributes:
+        leaves_zeros: weights are zero after it, so that a `Refit` may follow.
+    """
+
+    leaves_zeros: ClassVar[bool] = True
+
+    steps: int
+    rewind: int | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", whole_number("steps", self.steps))
+        if self.rewind is not None:
+            object.__setattr__(self, "rewind", whole_number("rewind", self.rewind, least=0))
+
+    @property
+    @abstractmethod
+    def holds(self) -> str:
+        """What holds, in words: a cell of the recipe's table."""
+
+    @abstractmethod
+    def on(self, reg: Regularizer, optimizer: Optimizer) -> AbstractContextManager[object]:
+        """A `with` block in which it holds, for the steps of `optimizer`."""
+
+    def check(self, reg: Regularizer) -> None:  # noqa: B027  most stages take any regularizer
+        """Raises a ValueError where the stage cannot hold for `reg`: asked before the first stage begins."""
+
+    def __repr__(self) -> str:
+        fields = sorted(dataclasses.fields(self), key=lambda field: field.name == "rewind")  # last, as it is written
+        said = [
+            (field.name, getattr(self, field.name)) for field in fields if getattr(self, field.name) != field.default
+        ]
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in said)})"
+
+
+class Pretrain(Stage):
+    """The penalty off: a warm-up, before zeros cost what has not been learned yet.
+
+    Args, Raises: as `Refit`.
+
+    >>> Pretrain(500)
+    Pretrain(steps=500)
+    """
+
+    leaves_zeros = False
+
+    @property
+    def holds(self) -> str:
+        """What holds, in words."""
+        return "penalty off"
+
+    @contextlib.contextmanager
+    def on(self, reg: Regularizer, optimizer: Optimizer) -> Iterator[None]:
+        """The penalty is off inside the `with` block."""
+        with reg.disabled():
+            yield
+
+
+@dataclass(frozen=True, repr=False)
+class Regularize(Stage):
+    """The penalty on, the factor of λ moved along a curve by each step of the optimizer.
+
+    Zeros come about under a proximal optimizer; they may revive where the data are against them.
+
+    Args:
+        steps: how many steps the optimizer makes, at least 1.
+        curve: as in `Schedule`: of all terms, or a dict from term to curve. λ as it was written by default.
+        rewind: the stage of the recipe after which the weights are taken that it starts from, 0 being the beginning.
+    Raises:
+        TypeError: `steps` or `rewind` is no whole number, or `curve` no curve.
+        ValueError: `steps` is less than 1, or `rewind` less than 0.
+
+    >>> Regularize(4000, tr.schedules.Cubic(0, 1, steps=2000))
+    Regularize(steps=4000, curve=Cubic(start=0.0, end=1.0, steps=2000))
+    """
+
+    curve: Curve | Mapping[str, Curve] = AS_WRITTEN
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for curve in self.curve.values() if isinstance(self.curve, Mapping) else [self.curve]:
+            _check_curve(curve)
+
+    @property
+    def holds(self) -> str:
+        """What holds, in words."""
+        return "penalty on" if self.curve == AS_WRITTEN else f"penalty on, λ times {self.curve!r}"
+
+    def check(self, reg: Regularizer) -> None:
+        """Raises where a term does not exist, or a curve begins with no factor."""
+        with _factors_put_back(reg):
+            Schedule(reg, self.curve)
+
+    @contextlib.contextmanager
+    def on(self, reg: Regularizer, optimizer: Optimizer) -> Iterator[Schedule]:
+        """λ follows the curve inside the `with` block; the factors that were before come back after it."""
+        _check_enabled(reg)
+        with _factors_put_back(reg):
+            schedule = Schedule(reg, self.curve)
+            with _stepped(self, schedule, optimizer):
+                yield schedule
+
+
+@dataclass(frozen=True, repr=False)
+class Sparsify(Stage):
+    """The penalty on, λ moved so that the stage ends with a wished share of zeros, by `TargetSparsity`.
+
+    Args:
+        steps: how many steps the optimizer makes, at least 50.
+        target: 0 < target < 1, or a curve of such.
+        term, groups: as in `TargetSparsity`.
+        rewind: the stage of the recipe after which the weights are taken that it starts from, 0 being the beginning.
+    Raises:
+        TypeError: `steps` or `rewind` is no whole number, or `target` no number and no curve.
+        ValueError: `steps`, `target` or `rewind` is out of range.
+
+    >>> Sparsify(4000, target=0.95)
+    Sparsify(steps=4000, target=0.95)
+    """
+
+    target: float | Curve
+    term: str | None = None
+    groups: Groups | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole_number("steps", self.steps, least=50)
+        if not callable(self.target):
+            share = greater_than("target", self.target, 0, "pass the share of zeros, such as 0.9")
+            if share >= 1:
+                raise ValueError(f"target={self.target!r} must be below 1: it is a share, and 0.9 means 90% zeros")
+
+    @property
+    def holds(self) -> str:
+        """What holds, in words."""
+        target = f"{self.target!r}" if callable(self.target) else f"{self.target:.2%} zeros"
+        return f"penalty on, λ moves to {target}"
+
+    def check(self, reg: Regularizer) -> None:
+        """Raises where the term does not exist."""
+        if self.term is not None and self.term not in reg.terms:
+            raise ValueError(f"no term {self.term!r} to move; the terms are {list(reg.terms)}")
+
+    @contextlib.contextmanager
+    def on(self, reg: Regularizer, optimizer: Optimizer) -> Iterator[TargetSparsity]:
+        """λ is moved inside the `with` block; the factors that were before come back after it."""
+        _check_enabled(reg)
+        with _factors_put_back(reg):
+            found = TargetSparsity(reg, self.target, total_steps=self.steps, term=self.term, groups=self.groups)
+            with _stepped(self, found, optimizer):
+                yield found
+
+
+class Refit(Stage):
+    """The penalty off and every zero kept: what is left grows back what the penalty took off it (debiasing).
+
+    Args:
+        steps: how many steps the optimizer makes, at least 1.
+        rewind: the stage of the recipe after which the weights are taken that it starts from, 0 being the beginning:
+            the zeros stay, all else has the value that it had then.
+    Raises:
+        TypeError: `steps` or `rewind` is no whole number.
+        ValueError: `steps` is less than 1, or `rewind` less than 0.
+    Source: Belloni and Chernozhukov, 2013, for the refit; Frankle et al., 2020, for rewinding.
+
+    >>> Refit(2000, rewind=1)
+    Refit(steps=2000, rewind=1)
+    """
+
+    @property
+    def holds(self) -> str:
+        """What holds, in words."""
+        return "penalty off, zeros kept"
+
+    @contextlib.contextmanager
+    def on(self, reg: Regularizer, optimizer: Optimizer) -> Iterator[None]:
+        """The penalty is off and zeros are kept inside the `with` block."""
+        if not any(bool(zero.any()) for _, zero in _zeros(reg)):
+            warnings.warn(
+                f"{self!r} keeps no zeros, as no weight of {reg!r} is zero; a penalty in the loss makes none: let a "
+                "proximal optimizer carry it, such as tr.optim.ProxAdam(model.parameters(), regularizer=reg)",
+                stacklevel=3,
+            )
+        with reg.disabled(), freeze_zeros(reg, optimizer):
+            yield
+
+
+# ---------------------------------------------------------------------- a recipe
+
+
+class Recipe(tuple[Stage, ...]):
+    """Stages in a row: a tuple, checked; `print` shows a table.
+
+    A recipe is changed as tuples and dataclasses are: `Recipe(*recipe[:2], Refit(500))`,
+    `dataclasses.replace(recipe[1], steps=8000)`.
+
+    Args:
+        stages: one or more, in their order.
+    Raises:
+        TypeError: one is no stage.
+        ValueError: there is none, a `Refit` has no zeros to keep, or a stage rewinds to no earlier point.
+
+    >>> recipe = Recipe(Pretrain(500), Regularize(4000), Refit(2000, rewind=1))
+    >>> print(recipe)
+    stage  name        steps  what holds
+    -----  ----------  -----  -------------------------------------------------------
+    1      Pretrain         500  penalty off
+    2      Regularize  4,000  penalty on
+    3      Refit       2,000  penalty off, zeros kept; from the weights after stage 1
+    total              6,500
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, *stages: Stage) -> Recipe:
+        """A recipe of these stages."""
+        if not stages:
+            raise ValueError("a recipe of no stages trains nothing; pass one or more, such as Regularize(4000)")
+        for number, stage in enumerate(stages, start=1):
+            if not isinstance(stage, Stage):
+                raise TypeError(
+                    f"stage {number} is {stage!r}, which is no stage; pass Pretrain, Regularize, Sparsify or Refit, "
+                    f"and a "
+                    "recipe within a recipe as *recipe"
+                )
+            before = stages[number - 2] if number > 1 else None
+            if isinstance(stage, Refit) and not (before and before.leaves_zeros):
+                raise ValueError(
+                    f"stage {number}, {stage!r}, has no zeros to keep, as {before or 'nothing'} comes before it; put a "
+                    "Regularize there (or for a model that is sparse already: with Refit(n).on(reg, optimizer))"
+                )
+            if stage.rewind is not None and stage.rewind >= number - 1:
+                raise ValueError(
+                    f"stage {number}, {stage!r}, rewinds to no earlier point: without it, it starts after stage "
+                    f"{number - 1}; pass the number of a stage before that, 0 for the beginning, or leave rewind out"
+                )
+        return super().__new__(cls, stages)
+
+    def __getnewargs__(self) -> tuple[Stage, ...]:
+        """The stages, of which a copy or a pickle is made."""
+        return tuple(self)
+
+    def repeat(self, times: int) -> Recipe:
+        """The whole recipe so many times in a row; `rewind` goes on counting from the first stage of all.
+
+        >>> Recipe(Pretrain(500), *Recipe(Regularize(400), Refit(200)).repeat(2))
+        Recipe(Pretrain(steps=500), Regularize(steps=400), Refit(steps=200), Regularize(steps=400), Refit(steps=200))
+        """
+        return Recipe(*tuple(self) * whole_number("times", times))
+
+    def stages(self, reg: Regularizer) -> Stages:
+        """The stages to go through with the model of `reg`.
+
+        Raises:
+            TypeError: `reg` is no regularizer.
+            ValueError: `reg` is disabled, lacks a term that a stage moves, or selects a weight that cannot be zero.
+        """
+        return Stages(reg, self)
+
+    def __repr__(self) -> str:
+        return f"Recipe({', '.join(map(repr, self))})"
+
+    def __str__(self) -> str:
+        rows = [
+            [f"{number}", type(stage).__name__, f"{stage.steps:,}", stage.holds + _rewinding(stage)]
+            for number, stage in enumerate(self, start=1)
+        ]
+        rows.append(["total", "", f"{sum(stage.steps for stage in self):,}", ""])
+        return render_table(["stage", "name", "steps", "what holds"], rows, right=[2])
+
+
+# ---------------------------------------------------------------------- going through it
+
+Fit = Callable[[nn.Module, Regularizer, Stage], object]
+"""Trains the model for `stage.steps` steps of an optimizer of its own, within `with stage.on(reg, optimizer)`."""
+
+
+class Stages:
+    """A recipe on its way through the stages, as `Recipe.stages` returns it.
+
+    An iterator over the stages to come, or `run(fit)` in one line. A stage is done once the next one is asked for. One
+    that an error or a `break` broke off begins anew the next time: from the weights and strengths that it began with,
+    and the state that torch's random generators had then. With an optimizer of its own in each stage the outcome is
+    that of a training that was never broken off, bit for bit.
+
+    Attributes:
+        regularizer, recipe: what it was made of.
+        done: how many stages are done.
+
+    >>> recipe = Recipe(Pretrain(1), Regularize(2))
+    >>> reg = Regularizer(nn.Linear(2, 1), L1(0.1))
+    >>> stages = recipe.stages(reg)
+    >>> for stage in stages:
+    ...     torch.save(stages.state_dict(), "stages.pt")  # and here the training of this stage
+    >>> stages
+    Stages(2 of 2 done)
+    >>> stages = recipe.stages(reg)
+    >>> stages.load_state_dict(torch.load("stages.pt", weights_only=True))
+    >>> stages
+    Stages(1 of 2 done)
+    """
+
+    def __init__(self, regularizer: Regularizer, recipe: Recipe) -> None:
+        check_regularizer(regularizer)
+        _check_enabled(regularizer)
+        for binding in regularizer._current():
+            if binding.selected.computed:
+                raise ValueError(
+                    f"{binding.name} is computed by a parametrization, so that no zeros can be kept in it; remove the "
+                    "parametrization, or exclude it from the regularizer"
+                )
+        for stage in recipe:
+            stage.check(regularizer)
+        self.regularizer, self.recipe = regularizer, recipe
+        self.done = 0
+        self._start: dict[str, Any] = {}  # where the next stage begins, once the first one has begun
+        self._kept: dict[int, dict[str, Any]] = {}  # by stage, the model after it, to rewind to
+
+    def run(self, fit: Fit) -> None:
+        """Calls `fit(model, reg, stage)` for every stage to come; after an exception, call it again to go on.
+
+        Args:
+            fit: trains the model for `stage.steps` steps, with an optimizer of its own, in a `with
+                stage.on(reg, optimizer)` block.
+
+        >>> _ = torch.manual_seed(0)
+        >>> model, x = nn.Linear(20, 1), torch.randn(100, 20)
+        >>> reg = Regularizer(model, L1(1.0))
+        >>> def fit(model, reg, stage):
+        ...     optimizer = tr.optim.ProxAdam(model.parameters(), lr=0.05, regularizer=reg)
+        ...     with stage.on(reg, optimizer):
+        ...         for _ in range(stage.steps):
+        ...             optimizer.zero_grad()
+        ...             (model(x)[:, 0] - 2 * x[:, :5].sum(1)).square().mean().backward()
+        ...             optimizer.step()
+        >>> Recipe(Pretrain(50), Regularize(100), Refit(100)).stages(reg).run(fit)
+        >>> int((model.weight == 0).sum()), [round(w, 2) for w in model.weight[0, :5].tolist()]
+        (15, [2.0, 2.0, 2.0, 2.0, 2.0])
+        """
+        if not callable(fit):
+            raise TypeError(f"fit is a {type(fit).__name__}, which cannot be called; pass a function")
+        for stage in self:
+            with fitting(self.regularizer):
+                fit(self.regularizer.model, self.regularizer, stage)
+
+    def __iter__(self) -> Iterator[Stage]:
+        """The stages to come, each once the one before is done."""
+        if not self._start:
+            self._begin()
+        elif self.done < len(self.recipe):
+            self._put_back(self._start)
+        while self.done < len(self.recipe):
+            stage = self.recipe[self.done]
+            if stage.rewind is not None:
+                self._rewind(self._kept[stage.rewind])
+            yield stage
+            self.regularizer._forget_dead()  # an optimizer of the stage's own has ended as it should
+            self.done += 1
+            self._begin()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the present stage began: numbers and tensors, for `torch.load(weights_only=True)`.
+
+        Saved anywhere within a stage it is the same, so save it when a stage begins, or after the last.
+        """
+        return {"done": self.done, "start": self._start or self._point(), "kept": dict(self._kept)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there: model, strengths and random generators are as they were, when a stage is asked for again.
+
+        Raises:
+            TypeError: it is no state of stages.
+            ValueError: it is of another model or other terms, or of a recipe that is shorter or keeps other weights to
+                rewind to; nothing has changed.
+        """
+        checked_state(state, ["done", "start", "kept"])
+        done = whole_number("done", state["done"], least=0)
+        start = dict(checked_state(state["start"], ["model", "strengths", "rng"]))
+        if done > len(self.recipe):
+            raise ValueError(
+                f"the state has {done} stages done, and the recipe has {len(self.recipe)}; load it into the stages of "
+                "its own recipe"
+            )
+        after = {**state["kept"], done: start["model"]}
+        if missing := [f"{number}" for number in self._needed(done) if number not in after]:
+            raise ValueError(
+                f"the state has not kept the weights after stage {', '.join(missing)}, to which the recipe rewinds; "
+                "load it into the stages of its own recipe"
+            )
+        theirs, ours = _shapes(start["model"]), _shapes(self.regularizer.model.state_dict())
+        if theirs != ours:
+            name = next(name for name in [*theirs, *ours] if theirs.get(name) != ours.get(name))
+            raise ValueError(
+                f"the state is of another model: it has {name} in shape {theirs.get(name)}, here it is in "
+                f"{ours.get(name)}; build the model of the recipe's training"
+            )
+        self._put_back(start)
+        self.done, self._start, self._kept = done, start, {number: after[number] for number in self._needed(done)}
+
+    def _point(self) -> dict[str, Any]:
+        """Where the training stands."""
+        reg = self.regularizer
+        return {"model": copied(reg.model.state_dict()), "strengths": reg.state_dict(), "rng": rng_states(reg.model)}
+
+    def _begin(self) -> None:
+        """Keeps where the next stage begins, and what later stages rewind to."""
+        self._start = self._point()
+        after = {**self._kept, self.done: self._start["model"]}
+        self._kept = {number: after[number] for number in self._needed(self.done)}
+
+    def _needed(self, done: int) -> list[int]:
+        """After which of the stages that are done the weights are needed yet."""
+        points = {stage.rewind for stage in self.recipe[done:] if stage.rewind is not None}
+        return sorted(point for point in points if point <= done)
+
+    def _put_back(self, start: Mapping[str, Any]) -> None:
+        self.regularizer.load_state_dict(start["strengths"])
+        self.regularizer.model.load_state_dict(start["model"])
+        set_rng(start["rng"])
+
+    @torch.no_grad()
+    def _rewind(self, model: Mapping[str, Any]) -> None:
+        """The model as it was then, with the zeros of now."""
+        bindings, zeros = self.regularizer._current(), _zeros(self.regularizer)
+        self.regularizer.model.load_state_dict(model)
+        for binding, (corner, zero) in zip(bindings, zeros, strict=True):
+            binding.parameter().copy_(torch.where(zero, corner, binding.parameter()))
+
+    def __repr__(self) -> str:
+        return f"Stages({self.done} of {len(self.recipe)} done)"
+
+
+# ---------------------------------------------------------------------- what a stage holds
+
+
+@contextlib.contextmanager
+def _factors_put_back(reg: Regularizer) -> Iterator[None]:
+    """After the block, every factor of λ is what it was before it."""
+    before = {key: term.factor for key, term in reg.terms.items()}
+    try:
+        yield
+    finally:
+        for key, factor in before.items():
+            reg[key].factor = factor
+
+
+@contextlib.contextmanager
+def _stepped(stage: Stage, mover: Schedule | TargetSparsity, optimizer: Optimizer) -> Iterator[None]:
+    """Inside the block, λ moves after each step of the optimizer."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}; pass that of the stage's steps"
+        )
+    handle = optimizer.register_step_post_hook(lambda *_: mover.step())
+    try:
+        yield
+    finally:
+        handle.remove()
+    if mover.last_step < stage.steps:
+        warnings.warn(
+            f"{stage!r} ended after {mover.last_step:,} steps of {type(optimizer).__name__}; make stage.steps steps of "
+            "the optimizer that stage.on() was given, or give the stage as many as it takes",
+            stacklevel=5,  # of both with blocks
+        )
+
+
+@torch.no_grad()
+def _zeros(reg: Regularizer) -> list[tuple[Tensor, Tensor]]:
+    """For each parameter what counts as zero, 0 or w₀, and which of its weights are that."""
+    weights = [(binding.parameter(), binding.anchor) for binding in reg._current()]
+    corners = [torch.zeros_like(w) if anchor is None else anchor.to(w) for w, anchor in weights]
+    return [(corner, w == corner) for (w, _), corner in zip(weights, corners, strict=True)]
+
+
+def _check_enabled(reg: Regularizer) -> None:
+    if not reg.enabled:
+        raise ValueError("reg is disabled, so that nothing would be regularized; call reg.enable() first")
+
+
+def _rewinding(stage: Stage) -> str:
+    if stage.rewind is None:
+        return ""
+    return "; from the weights " + (f"after stage {stage.rewind}" if stage.rewind else "of the beginning")
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    return {name: tuple(value.shape) if isinstance(value, Tensor) else None for name, value in state.items()}

@@ -1,0 +1,6 @@
+"""What a user looks at: numbers, plots, TensorBoard, reports. Views only read."""
+
+from torchreg.views.measurement import measure
+from torchreg.views.tensorboard import TensorBoardMonitor
+
+__all__ = ["TensorBoardMonitor", "measure"]
