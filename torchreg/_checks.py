@@ -1,4 +1,4 @@
-"""Checks of numbers and states, each with an error that gives the value, the reason and the next move."""
+"""Checks of numbers and states. Each error gives the value, the reason and the next move."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def greater_than(name: str, value: object, floor: float, next_move: str) -> floa
 
 
 def whole_number(name: str, value: object, least: int = 1) -> int:
-    """`value` as an int if it is a whole number, at least `least`.
+    """`value` as an int if it is a whole number ≥ `least`, else an error.
 
     >>> whole_number("steps", 0)
     Traceback (most recent call last):
@@ -39,20 +39,19 @@ def whole_number(name: str, value: object, least: int = 1) -> int:
     ValueError: steps=0 must be at least 1; pass a whole number
     """
     try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        kind = type(value).__name__
-        raise TypeError(f"{name}={value!r} is a {kind}, not a whole number; round it with int()") from None
+        number = None
+    if number is None:
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}, not a whole number; round it with int()")
     if number < least:
         raise ValueError(f"{name}={value} must be at least {least}; pass a whole number")
     return number
 
 
 def checked_state(value: object, names: Sequence[str]) -> Mapping[str, Any]:
-    """`value` if it is a state with exactly these entries, else an error."""
+    """`value` if it is a dict with exactly these keys, as `state_dict()` returns it; else an error."""
     if not isinstance(value, Mapping) or set(value) != set(names):
-        what = f"a dict with {list(value)[:3]}" if isinstance(value, Mapping) else type(value).__name__
-        raise TypeError(f"expected a state with {', '.join(names)}, got {what}; load what state_dict() gave")
+        found = f"a dict with {list(value)[:3]}" if isinstance(value, Mapping) else type(value).__name__
+        raise TypeError(f"expected a state with {', '.join(names)}, got {found}; load the result of state_dict()")
     return value

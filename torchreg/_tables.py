@@ -1,4 +1,4 @@
-"""Plain-text tables: what `explain()`, `sparsity()` and the command line print."""
+"""Plain-text tables, as `explain()`, `sparsity()` and the command line print them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def render_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Columns aligned with two spaces between them; the columns numbered in `right` flush right. Cells are one line.
+    """A table with two spaces between its columns. The columns whose numbers are in `right` are aligned to the right.
 
     >>> print(render_table(["name", "count"], [["fc1.weight", "30"], ["fc2", "1200"]], right=[1]))
     name        count
@@ -14,7 +14,7 @@ def render_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Se
     fc1.weight     30
     fc2          1200
     """
-    # A parameter's name may hold what moves a terminal's cursor, or ends the line.
+    # A parameter's name may contain characters that end the line or move a terminal's cursor.
     header, *rows = [[printable(cell, len(cell)) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
 
@@ -29,7 +29,7 @@ def render_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Se
 
 
 def printable(text: str, longest: int = 120) -> str:
-    """`text` for a terminal: control characters as escapes, and cut where it is longer than anyone reads.
+    """`text` for a terminal: control characters become escapes, and a long text is cut after `longest` characters.
 
     >>> print(printable("fc1\\x1b[31m.weight"))
     fc1\\x1b[31m.weight
