@@ -58,7 +58,7 @@ class Case:
     anchored: bool = False
 
     def __str__(self) -> str:
-        return ("toward " if self.anchored else "") + repr(self.penalty).partition("  #")[0]
+        return ("toward " if self.anchored else "") + repr(self.penalty)
 
     @property
     def kind(self) -> type[Penalty]:

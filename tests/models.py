@@ -36,7 +36,7 @@ SHARDS = (
 """Processes on gloo can share weights by `fully_shard`; that of torch 2.6 fails on a CPU."""
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Counted(tr.L1):
     """L1 that writes down the step of each prox."""
 
@@ -44,17 +44,17 @@ class Counted(tr.L1):
 
     name: ClassVar[str] = "counted"
 
-    def _prox(self, w: Tensor, step: Any) -> Tensor:
+    def prox_map(self, w: Tensor, step: Any) -> Tensor:
         self.steps.append(step)
-        return super()._prox(w, step)
+        return super().prox_map(w, step)
 
 
 class Bare(tr.L1):
     """L1 as a user might write it: a value and a prox, and no certificates."""
 
-    _subgradient = tr.Penalty._subgradient
-    _dual_norm = tr.Penalty._dual_norm
-    _conjugate = tr.Penalty._conjugate
+    nearest_subgradient = tr.Penalty.nearest_subgradient
+    dual_norm = tr.Penalty.dual_norm
+    conjugate = tr.Penalty.conjugate
 
 
 class MLP(nn.Module):

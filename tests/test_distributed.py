@@ -367,7 +367,7 @@ def exchanges(world: int) -> dict[str, list[int]]:
 
 
 class Spread(tr.L2):
-    """A penalty of one's own that is no sum over single weights."""
+    """A penalty of one's own that is not a sum over single weights."""
 
     separable = False
 
@@ -580,7 +580,7 @@ def test_a_parameter_that_the_penalty_alone_uses_trains_under_ddp_by_add_gradien
         ("flat", "ValueError: FullyShardedDataParallel flattens weights"),
         ("gap", "ValueError: fc1.weight is sharded"),
         ("fista", "ValueError: fc1.weight is sharded"),
-        ("own", "NotImplementedError: Spread is no sum over single weights"),
+        ("own", "NotImplementedError: Spread is not a sum over single weights"),
         ("differentiable", "ValueError: fc1.weight is sharded"),
     ],
 )

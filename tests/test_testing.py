@@ -125,38 +125,38 @@ def test_a_penalty_without_certificates_is_certified_as_far_as_it_goes() -> None
 
 
 class OffProx(tr.L1):
-    def _prox(self, w: Tensor, step: Any) -> Tensor:
-        return super()._prox(w, 1.01 * step)
+    def prox_map(self, w: Tensor, step: Any) -> Tensor:
+        return super().prox_map(w, 1.01 * step)
 
 
 class OffValue(tr.L1):
-    def _value(self, w: Tensor) -> Tensor:
-        return 1.01 * super()._value(w)
+    def value(self, w: Tensor) -> Tensor:
+        return 1.01 * super().value(w)
 
 
 class OffSign(tr.L2):
-    def _prox(self, w: Tensor, step: Any) -> Tensor:
+    def prox_map(self, w: Tensor, step: Any) -> Tensor:
         return w / (1 + self.strength * step)
 
 
 class OffAtZero(tr.L2):
-    def _prox(self, w: Tensor, step: Any) -> Tensor:
-        return super()._prox(w, step) * (1 + 1e-12)
+    def prox_map(self, w: Tensor, step: Any) -> Tensor:
+        return super().prox_map(w, step) * (1 + 1e-12)
 
 
 class OffGradient(tr.L2):
-    def _value(self, w: Tensor) -> Tensor:
+    def value(self, w: Tensor) -> Tensor:
         return self.strength * (w * w.detach()).sum()
 
 
 class NaNGradient(tr.L1):
-    def _value(self, w: Tensor) -> Tensor:
+    def value(self, w: Tensor) -> Tensor:
         return self.strength * (w * w).sqrt().sum()
 
 
 class InPlace(tr.L1):
-    def _prox(self, w: Tensor, step: Any) -> Tensor:
-        return w.copy_(super()._prox(w, step))
+    def prox_map(self, w: Tensor, step: Any) -> Tensor:
+        return w.copy_(super().prox_map(w, step))
 
 
 class NotScaled(tr.L1):
@@ -165,33 +165,38 @@ class NotScaled(tr.L1):
 
 
 class Coupled(tr.L2):
-    def _prox(self, w: Tensor, step: Any) -> Tensor:
-        return super()._prox(w, step) + 0 * w.sum()
+    def prox_map(self, w: Tensor, step: Any) -> Tensor:
+        return super().prox_map(w, step) + 0 * w.sum()
 
 
 class OffSubgradient(tr.L1):
-    def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
-        return 1.01 * super()._subgradient(w, gradient)
+    def nearest_subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
+        return 1.01 * super().nearest_subgradient(w, gradient)
 
 
 class FarSubgradient(tr.L1):
-    def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
+    def nearest_subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
         return self.strength * w.sign()
 
 
 class NoConjugate(tr.L1):
-    def _conjugate(self, v: Tensor) -> Tensor:
+    def conjugate(self, v: Tensor) -> Tensor:
         return 0 * v.sum()
 
 
 class OffConjugate(tr.ElasticNet):
-    def _conjugate(self, v: Tensor) -> Tensor:
-        return 1.01 * super()._conjugate(v)
+    def conjugate(self, v: Tensor) -> Tensor:
+        return 1.01 * super().conjugate(v)
 
 
 class OffDualNorm(tr.L1):
-    def _dual_norm(self, gradient: Tensor) -> Tensor:
-        return 1.01 * super()._dual_norm(gradient)
+    def dual_norm(self, gradient: Tensor) -> Tensor:
+        return 1.01 * super().dual_norm(gradient)
+
+
+class OffCoefficients(tr.L1):
+    def coefficients(self) -> Any:
+        return super().coefficients()._replace(l2=0.01 * self.strength)
 
 
 class NotSmooth(tr.L1):
@@ -199,48 +204,49 @@ class NotSmooth(tr.L1):
 
 
 class NoGraph(tr.L1):
-    def _value(self, w: Tensor) -> Tensor:
-        return super()._value(w).detach()
+    def value(self, w: Tensor) -> Tensor:
+        return super().value(w).detach()
 
 
 class Positive(tr.L1):
     """A constraint."""
 
-    def _value(self, w: Tensor) -> Tensor:
-        return torch.where((w < 0).any(), torch.inf, super()._value(w))
+    def value(self, w: Tensor) -> Tensor:
+        return torch.where((w < 0).any(), torch.inf, super().value(w))
 
 
 class NoProx(tr.L1):
-    def _prox(self, w: Tensor, step: Any) -> Any:
+    def prox_map(self, w: Tensor, step: Any) -> Any:
         return None
 
 
 class Root(tr.L1):
     """λΣ√|w| is not convex; its own prox does not matter here."""
 
-    def _value(self, w: Tensor) -> Tensor:
+    def value(self, w: Tensor) -> Tensor:
         return self.strength * (w.abs() + 1e-3).sqrt().sum() - self.strength * w.numel() * 1e-3**0.5
 
 
 BROKEN = {
-    OffProx: "prox is not the argmin|no subgradient",
-    OffValue: "prox is not the argmin|no subgradient",
-    OffSign: "prox is not the argmin|no subgradient",
+    OffProx: "prox is not the argmin|not a subgradient",
+    OffValue: "prox is not the argmin|not a subgradient",
+    OffSign: "prox is not the argmin|not a subgradient",
     OffAtZero: "a step of 0 must leave",
     OffGradient: "the gradient of the value gives the slope",
     NaNGradient: "gradient of the value at w = 0 must be finite",
     InPlace: "leave w alone",
     NotScaled: r"scaled\(2\) must double",
     Coupled: "a NaN spreads",
-    OffSubgradient: "is none",
+    OffSubgradient: "is not a subgradient",
     FarSubgradient: "not the one nearest",
-    OffDualNorm: "_dual_norm says",
-    NoConjugate: r"Ω\*\(v\) is 0, and",
+    OffDualNorm: "dual_norm says",
+    NoConjugate: r"Ω\*\(v\) is 0, but",
+    OffCoefficients: r"but with its coefficients\(\) 0.3 of .* and 0.003 of",
     NotSmooth: "says that it is smooth",
     NoGraph: "must be a tensor with a gradient",
     Positive: "must be finite at every w",
     NoProx: "prox must return a tensor",
-    Root: "prox is not the argmin|no subgradient|above its chord",
+    Root: "prox is not the argmin|not a subgradient|above its chord",
 }
 
 
@@ -278,10 +284,10 @@ def test_a_broken_conjugate_is_not_certified() -> None:
 
 def test_a_penalty_that_couples_its_weights_is_not_separable() -> None:
     class Mixed(tr.L2):
-        def _value(self, w: Tensor) -> Tensor:
+        def value(self, w: Tensor) -> Tensor:
             return self.strength * w.sum().square()
 
-        def _prox(self, w: Tensor, step: Any) -> Tensor:
+        def prox_map(self, w: Tensor, step: Any) -> Tensor:
             s = torch.as_tensor(step, dtype=w.dtype).expand(w.shape)
             return w - s * (2 * self.strength * w.sum() / (1 + 2 * self.strength * s.sum()))
 

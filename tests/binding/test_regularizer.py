@@ -986,7 +986,7 @@ def test_a_strength_set_on_the_regularizer_itself_is_refused():
             setattr(reg, name, 1.0)
     assert "l1" in reg
     assert list(reg) == ["l1"]
-    assert "L1(strength=0.1)  # λΣ|w|" in repr(reg)
+    assert "L1(strength=0.1)" in repr(reg)
 
 
 def test_tensors_tied_after_the_build_are_refused_before_they_count_twice():

@@ -200,13 +200,13 @@ def test_what_c_cannot_read_is_not_served() -> None:
 class Own(L1):
     """Another value under the same prox."""
 
-    def _value(self, w: Tensor) -> Tensor:
+    def value(self, w: Tensor) -> Tensor:
         return 7 * w.sum()
 
 
 def test_a_value_of_one_s_own_is_not_taken_for_the_one_it_inherits() -> None:
     model = nn.Linear(2, 2)
-    assert Own(1.0)._soft() is None
+    assert Own(1.0).coefficients() is None
     assert Regularizer(model, Own(1.0))().item() == pytest.approx(7 * model.weight.sum().item())
 
 

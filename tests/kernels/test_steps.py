@@ -312,7 +312,7 @@ class Own(tr.L1):
 
     name = "own"
 
-    def _prox(self, w: Tensor, step: Any) -> Tensor:
+    def prox_map(self, w: Tensor, step: Any) -> Tensor:
         return torch.zeros_like(w)
 
 

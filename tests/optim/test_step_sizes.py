@@ -137,7 +137,7 @@ STEPS = 15
 class Probe(tr.testing.Probe):
     """Writes down every step as a float64 tensor of the weight's shape."""
 
-    def _prox(self, w: Tensor, step: Any) -> Tensor:
+    def prox_map(self, w: Tensor, step: Any) -> Tensor:
         self.steps.append(torch.as_tensor(step, dtype=torch.float64).expand(w.shape).clone())
         return w
 

@@ -248,7 +248,7 @@ def test_penalties_with_group_weights_are_values():
     assert penalty == twin
     assert hash(penalty) == hash(twin)
     assert penalty != tr.GroupLasso(0.5)
-    assert eval(repr(penalty).partition("  #")[0], vars(tr)) == penalty
+    assert eval(repr(penalty), vars(tr)) == penalty
     for copied in (copy.deepcopy(penalty), pickle.loads(pickle.dumps(penalty)), penalty.scaled(1.0)):
         assert copied == penalty
         assert copied(torch.ones(3, 2)) == penalty(torch.ones(3, 2))
@@ -276,14 +276,14 @@ def test_a_group_weight_that_is_negative_or_not_finite_is_refused(bad):
 @pytest.mark.parametrize("bad", [3.0, "12", 1])
 def test_group_weights_that_are_no_sequence_are_refused(bad):
     with pytest.raises(
-        TypeError, match=rf"^group_weights={bad!r} is a {type(bad).__name__}; give one number a group, as a"
+        TypeError, match=rf"^group_weights={bad!r} is a {type(bad).__name__}; give one number per group, as a"
     ):
         tr.GroupLasso(0.1, group_weights=bad)
 
 
 @pytest.mark.parametrize("bad", [tr.Rows, "rows", None, 0], ids=repr)
 def test_groups_that_are_no_geometry_are_refused(bad):
-    with pytest.raises(TypeError, match=r"is no geometry; write groups=Rows\(\) or groups=Columns\(\)$"):
+    with pytest.raises(TypeError, match=r"^expected groups=Rows\(\) or groups=Columns\(\), got groups="):
         tr.SparseGroupLasso(0.1, 0.1, groups=bad)
 
 
@@ -317,7 +317,7 @@ every_penalty = pytest.mark.parametrize(
             oracles.Grouped(0.2, 0.3, weights=(0.0, 1.0, 2.0, 3.0)),
         ),
     ],
-    ids=lambda x: repr(x).partition("  #")[0] if isinstance(x, tr.Penalty) else "",
+    ids=lambda x: repr(x) if isinstance(x, tr.Penalty) else "",
 )
 
 
@@ -331,7 +331,8 @@ def test_the_subgradient_is_the_nearest_to_the_negative_gradient(penalty, oracle
         gradient = size * cases.weights((4, 5), dtype, seed=1)
         # As its step h goes to 0, a proximal gradient step is h times the shortest subgradient of loss + penalty.
         shortest = (w.numpy() - oracle.prox(w.numpy() - h * gradient.numpy(), h)) / h
-        np.testing.assert_allclose((gradient + penalty._subgradient(w, gradient)).numpy(), shortest, rtol=0, atol=1e-5)
+        found = gradient + penalty.nearest_subgradient(w, gradient)
+        np.testing.assert_allclose(found.numpy(), shortest, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
@@ -340,22 +341,22 @@ def test_the_dual_norm_is_the_least_factor_of_the_penalty_that_holds_all_at_zero
     for size, seed in [(1e-6, 1), (1.0, 2), (1e6, 3)]:
         gradient = size * cases.weights((4, 5), dtype, seed=seed)
         if 0.0 in (oracle.weights or ()) and oracle.l1 == 0:
-            assert penalty._dual_norm(gradient) == math.inf  # nothing holds the group without a weight
+            assert penalty.dual_norm(gradient) == math.inf  # nothing holds the group without a weight
             gradient.select(oracle.axis, 0).zero_()
-        factor = penalty._dual_norm(gradient)
+        factor = penalty.dual_norm(gradient)
         assert factor.shape == ()
         for nudge in (1 - 1e-12, 1 + 1e-12):
             c = factor.item() * nudge
             scaled = oracles.Grouped(c * oracle.l1, c * oracle.group, oracle.axis, oracle.weights)
             assert scaled.prox(gradient.numpy(), 1.0).any() != (nudge > 1)
-            assert (penalty._conjugate(gradient / c) == 0) == (nudge > 1)
-            assert penalty._conjugate(gradient / c) in (0.0, math.inf)
+            assert (penalty.conjugate(gradient / c) == 0) == (nudge > 1)
+            assert penalty.conjugate(gradient / c) in (0.0, math.inf)
 
 
 def test_the_dual_norm_sees_the_largest_of_a_thousand_entries_that_are_almost_equal():
     gradient = 1 + 1e-6 * torch.rand(1, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for l1, group in [(1.0, 1e-6), (1.0, 1e-2), (1e-3, 1.0)]:
-        c = tr.SparseGroupLasso(l1, group, group_weights=[1.0])._dual_norm(gradient).item()
+        c = tr.SparseGroupLasso(l1, group, group_weights=[1.0]).dual_norm(gradient).item()
         for nudge in (1 - 1e-14, 1 + 1e-14):
             scaled = oracles.Grouped(c * nudge * l1, c * nudge * group, weights=(1.0,))
             assert scaled.prox(gradient.numpy(), 1.0).any() == (nudge < 1)
@@ -364,17 +365,17 @@ def test_the_dual_norm_sees_the_largest_of_a_thousand_entries_that_are_almost_eq
 @pytest.mark.parametrize("kind", [tr.GroupLasso, lambda s: tr.SparseGroupLasso(s, s)], ids=["group", "sparse group"])
 def test_the_dual_norm_of_nothing_is_zero_and_without_a_penalty_infinite(kind):
     for strength, shape in [(0.0, (2, 3)), (0.5, (2, 3)), (0.0, (0, 3)), (0.5, (0, 3)), (0.5, (2, 0))]:
-        assert kind(strength)._dual_norm(torch.zeros(shape)) == 0
-        assert kind(strength)._conjugate(torch.zeros(shape)) == 0
-    assert kind(0.0)._dual_norm(torch.tensor([[0.0, 1e-9]])) == math.inf
-    assert kind(0.0)._conjugate(torch.tensor([[0.0, 1e-9]])) == math.inf
+        assert kind(strength).dual_norm(torch.zeros(shape)) == 0
+        assert kind(strength).conjugate(torch.zeros(shape)) == 0
+    assert kind(0.0).dual_norm(torch.tensor([[0.0, 1e-9]])) == math.inf
+    assert kind(0.0).conjugate(torch.tensor([[0.0, 1e-9]])) == math.inf
 
 
 @every_penalty
 def test_the_conjugate_and_the_value_meet_at_a_subgradient(penalty, oracle):
     w = cases.weights((4, 5))
-    v = penalty._subgradient(w, torch.zeros(4, 5, dtype=torch.float64)) * (1 - 1e-12)
-    assert penalty._conjugate(v) == 0
+    v = penalty.nearest_subgradient(w, torch.zeros(4, 5, dtype=torch.float64)) * (1 - 1e-12)
+    assert penalty.conjugate(v) == 0
     assert penalty(w).item() == pytest.approx((v * w).sum().item(), rel=1e-11)
 
 
@@ -440,7 +441,7 @@ def test_the_group_lasso_of_columns_is_scikit_learn_s_multi_task_lasso(make):
         (tr.SparseGroupLasso(0.1, 0.05, tr.Columns()), oracles.Grouped(0.1, 0.05, 1)),
         (tr.SparseGroupLasso(0.1, 0.35), oracles.Grouped(0.1, 0.35)),
     ],
-    ids=lambda x: repr(x).partition("  #")[0] if isinstance(x, tr.Penalty) else "",
+    ids=lambda x: repr(x) if isinstance(x, tr.Penalty) else "",
 )
 def test_training_rests_where_a_proximal_gradient_step_of_any_size_rests(penalty, oracle, make):
     _, _, gradient = tasks()

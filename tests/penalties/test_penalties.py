@@ -197,16 +197,14 @@ def test_penalties_survive_pickle_and_deepcopy(case):
 
 
 @every_plain_case
-def test_repr_gives_the_formula_and_evaluates_to_an_equal_penalty(case):
-    code, _, formula = repr(case.penalty).partition("  # ")
-    assert formula == case.penalty.formula
-    assert eval(code, vars(torchreg)) == case.penalty
+def test_repr_evaluates_to_an_equal_penalty_also_in_a_list(case):
+    assert eval(repr([case.penalty]), vars(torchreg)) == [case.penalty]
 
 
-def test_repr_of_a_moved_penalty_gives_both_formulas():
-    text = repr(Toward(L1(0.5), torch.tensor([1.0, 2.0])))
-    assert L1.formula in text
-    assert text.endswith(Toward.formula)
+def test_repr_of_a_moved_penalty_gives_the_penalty_and_its_anchor():
+    assert (
+        repr(Toward(L1(0.5), torch.tensor([1.0, 2.0]))) == "Toward(penalty=L1(strength=0.5), anchor=tensor([1., 2.]))"
+    )
 
 
 @pytest.mark.parametrize("kind", cases.concrete_penalties(), ids=lambda kind: kind.__name__)
@@ -350,21 +348,54 @@ def test_weights_that_are_no_tensor_are_refused(penalty):
 
 def test_a_penalty_of_one_s_own_that_does_not_say_what_it_is_is_refused():
     class Nameless(Penalty):
-        def _value(self, w):
+        def value(self, w):
             return w.sum()
 
-        def _prox(self, w, step):
+        def prox_map(self, w, step):
             return w
 
-    refusal = (
-        "^Nameless does not say name, formula, strengths, convex, separable, smooth; write them as class attributes"
-    )
+    refusal = "^Nameless does not declare name, formula, convex, separable; write them as class attributes"
     with pytest.raises(TypeError, match=refusal):
         Nameless()
+
+
+def test_a_penalty_of_one_s_own_may_leave_out_what_most_penalties_say():
+    assert (L1.strengths, L1.smooth, L1.linearizes) == (("strength",), False, False)
+    assert not {"strengths", "smooth", "linearizes"} & vars(L1).keys()
+
+
+@every_plain_case
+def test_other_strengths_are_checked_numbers(case):
+    names = case.penalty.strengths
+    other = case.penalty.with_strengths(**dict.fromkeys(names, 2))
+    assert {name: getattr(other, name) for name in names} == dict.fromkeys(names, 2.0)
+    assert type(other) is type(case.penalty)
+    with pytest.raises(ValueError, match=f"^{names[0]}=-1 must be finite and at least 0; write "):
+        case.penalty.with_strengths(**{names[0]: -1})
+    refusal = f"has no strength 'lam'; it has {', '.join(names)}$"
+    for value in (1.0, torch.tensor(1.0)):
+        with pytest.raises(TypeError, match=refusal):
+            case.penalty.with_strengths(lam=value)
+
+
+@every_plain_case
+def test_strengths_that_are_tensors_give_the_same_value_and_prox(case):
+    w = case.weights(12)
+    tensors = {name: torch.tensor(getattr(case.penalty, name)) for name in case.penalty.strengths}
+    traced = case.penalty.with_strengths(**tensors)
+    assert all(getattr(traced, name) is tensors[name] for name in tensors)
+    torch.testing.assert_close(traced(w), case.penalty(w), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(traced.prox(w, 0.7), case.penalty.prox(w, 0.7), rtol=1e-6, atol=1e-6)
+
+
+def test_some_of_the_strengths_may_be_tensors():
+    mixed = ElasticNet(0.5, 0.25).with_strengths(l2=torch.tensor(2.0))
+    assert mixed.l1 == 0.5
+    assert mixed.l2.item() == 2.0
 
 
 @pytest.mark.parametrize("strengths", [("lam",), "strength", ["strength"]], ids=repr)
 def test_strengths_that_are_no_fields_are_refused(strengths):
     kind = type("Own", (L1,), {"strengths": strengths})
-    with pytest.raises(TypeError, match=r"^Own\.strengths is .*, which is no tuple of names of its fields \(str"):
+    with pytest.raises(TypeError, match=r"^Own\.strengths is .*, but must be a tuple of names of its fields \(str"):
         kind(0.1)

@@ -316,7 +316,8 @@ def test_an_infinite_slope_at_zero_is_refused() -> None:
 
 @pytest.mark.parametrize("penalty", [tr.L1(0.1), tr.GroupLasso(0.1), 0.1, None, tr.Reweighted(tr.MCP(0.1))], ids=repr)
 def test_what_is_not_concave_is_refused(penalty: Any) -> None:
-    with pytest.raises(TypeError, match=f"^penalty={re.escape(repr(penalty))} is no concave penalty of single weights"):
+    refusal = f"^expected a concave penalty of single weights, .*, got {re.escape(repr(penalty))}; use"
+    with pytest.raises(TypeError, match=refusal):
         tr.Reweighted(penalty)
 
 

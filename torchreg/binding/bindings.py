@@ -26,7 +26,7 @@ class Term:
     >>> reg["l1"].strength = 5e-4
     >>> reg["l1"].factor = 0.5
     >>> reg["l1"].penalty
-    L1(strength=0.00025)  # λΣ|w|
+    L1(strength=0.00025)
     """
 
     key: str
@@ -63,7 +63,7 @@ class Term:
         if name == "factor":
             self.__dict__["factor"] = number
         else:
-            self.__dict__["base"] = self.base._with(**{name: number})
+            self.__dict__["base"] = self.base.with_strengths(**{name: number})
         self.__dict__["version"] += 1
         self._mirror()
 
@@ -111,7 +111,7 @@ class Binding:
     def compiled_penalty(self, w: Tensor) -> Penalty:
         """`penalty` for a graph of `w` that stays the same when strengths change."""
         numbers = (self.term.mirror * self.scale).to(widened(w).real.dtype)
-        penalty = self.term.base._under(numbers.unbind())
+        penalty = self.term.base.with_strengths(**dict(zip(self.term.base.strengths, numbers.unbind(), strict=True)))
         return penalty if self.anchor is None else Toward(penalty, self.anchor)
 
     def parameter(self) -> Tensor:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchreg._distributed import ReduceGroup, local_part, shard_layout
-from torchreg._tensors import is_laid_out_like
+from torchreg._distributed import layout_of
+from torchreg._tensors import ReduceGroup, is_laid_out_like
 from torchreg.kernels import l1l2
 from torchreg.penalties import Penalty
 from torchreg.penalties.coefficients import L1L2
@@ -57,11 +57,11 @@ def _divided(items: Iterable[Item]) -> tuple[list[Item], dict[ReduceGroup, list[
     whole: list[Item] = []
     parts: dict[ReduceGroup, list[Item]] = {}
     for key, w, penalty in items:
-        shard = shard_layout(w)
-        if shard is None:
-            whole.append((key, w, penalty))
+        layout = layout_of(w)
+        if layout.divided:
+            parts.setdefault(layout.peers, []).append((key, layout.part(w), penalty.on_part(layout)))
         else:
-            parts.setdefault(shard.peers, []).append((key, local_part(w), penalty._on(shard)))
+            whole.append((key, w, penalty))
     return whole, parts
 
 
@@ -89,7 +89,7 @@ def _batched(items: Iterable[Item], into_grad: bool = False) -> tuple[list[tuple
     available = l1l2.available()
     for item in items:
         key, w, penalty = item
-        terms = penalty._soft() if available else None
+        terms = penalty.coefficients() if available else None
         if terms is None or not l1l2.takes(w, terms.anchor) or (into_grad and not _takes_gradient(w)):
             rest.append(item)
             continue

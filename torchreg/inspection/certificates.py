@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from torchreg._distributed import fsdp_parameters, is_sharded, local_part, reshard, shard_layout, unsharded
+from torchreg._distributed import fsdp_parameters, is_sharded, layout_of, reshard, unsharded
 from torchreg._tensors import widened
 from torchreg.binding import selection
 from torchreg.binding.bindings import Binding
@@ -138,14 +138,14 @@ def lambda_max(reg: Regularizer, closure: Closure) -> dict[str, float]:
     corners = {
         i: torch.zeros_like(w) if binding.anchor is None else binding.anchor.to(w.dtype)
         for i, (binding, penalty, w) in enumerate(zip(bindings, penalties, parameters, strict=True))
-        if penalty._dual_norm(torch.ones(w.shape, dtype=widened(w).dtype, device=w.device)) < math.inf
+        if penalty.dual_norm(torch.ones(w.shape, dtype=widened(w).dtype, device=w.device)) < math.inf
     }
     with _placed([parameters[i] for i in corners], list(corners.values())):
         gradients = _evaluate(reg, closure, parameters)[1]
     norms: dict[str, list[float]] = {key: [] for key in units}
     for i in corners:
         gradient = widened(unsharded(gradients[i]))  # one is whole at a time
-        norms[bindings[i].term.key].append(penalties[i]._dual_norm(gradient).item())
+        norms[bindings[i].term.key].append(penalties[i].dual_norm(gradient).item())
     return {key: _largest(found) for key, found in norms.items()}
 
 
@@ -198,7 +198,7 @@ def duality_gap(reg: Regularizer, closure: Closure) -> float:
     parameters = [binding.parameter() for binding in bindings]
     loss, gradients = _evaluate(reg, closure, parameters)
     f, ws, gs = loss.item(), _exact(parameters), _exact(gradients)
-    value = sum(penalty._value(w).item() for penalty, w in zip(penalties, ws, strict=True))
+    value = sum(penalty.value(w).item() for penalty, w in zip(penalties, ws, strict=True))
     slope = total_inner(ws, gs)
     if not math.isfinite(f + value + slope):
         return math.nan
@@ -217,13 +217,13 @@ def duality_gap(reg: Regularizer, closure: Closure) -> float:
 def distances(penalty: Penalty | None, w: Tensor, gradient: Tensor) -> tuple[float, float, float]:
     """‖gradient + subgradient‖, ‖gradient‖ and ‖subgradient‖ of one parameter, in one read of the device."""
     w, gradient = widened(w.detach()), widened(gradient)
-    shard = shard_layout(w)
-    if shard is not None:
-        w, gradient = local_part(w), shard.part(gradient)
-        penalty = None if penalty is None else penalty._on(shard)
-    subgradient = torch.zeros_like(gradient) if penalty is None else penalty._subgradient(w, gradient)
+    layout = layout_of(w)
+    w, gradient = layout.part(w), layout.part(gradient)
+    if penalty is not None and layout.divided:
+        penalty = penalty.on_part(layout)
+    subgradient = torch.zeros_like(gradient) if penalty is None else penalty.nearest_subgradient(w, gradient)
     norms = torch.stack([torch.linalg.vector_norm(x) for x in (gradient + subgradient, gradient, subgradient)])
-    distance, slope, pull = (norms if shard is None else shard.peers.sum(norms.square()).sqrt()).tolist()
+    distance, slope, pull = (layout.peers.sum(norms.square()).sqrt() if layout.divided else norms).tolist()
     return distance, slope, pull
 
 
@@ -281,7 +281,7 @@ def _unit(penalty: Penalty) -> Penalty:
     strengths = {name: getattr(penalty, name) for name in penalty.strengths}
     first = next((name for name, value in strengths.items() if value != 0), penalty.strengths[0])
     unit = {name: value / (strengths[first] or 1.0) for name, value in strengths.items()}
-    return penalty._with(**{**unit, first: 1.0})
+    return penalty.with_strengths(**{**unit, first: 1.0})
 
 
 def _evaluate(reg: Regularizer, closure: Closure, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -391,10 +391,10 @@ def _dual_point(penalties: Sequence[Penalty], gradients: Sequence[Tensor]) -> tu
     """The largest α ≤ 1 for which Ω*(−α·gradient) is finite, and Ω* there."""
 
     def conjugates(alpha: float) -> list[float]:
-        return [p._conjugate(-alpha * g).item() for p, g in zip(penalties, gradients, strict=True)]
+        return [p.conjugate(-alpha * g).item() for p, g in zip(penalties, gradients, strict=True)]
 
     inside = [value < math.inf for value in conjugates(1.0)]
-    norms = [p._dual_norm(g).item() for p, g, fine in zip(penalties, gradients, inside, strict=True) if not fine]
+    norms = [p.dual_norm(g).item() for p, g, fine in zip(penalties, gradients, inside, strict=True) if not fine]
     alpha, shrink = min([1.0, *(1 / norm for norm in norms)]), sys.float_info.epsilon
     # 1/norm may round to the outside; at α = 0 every conjugate is finite.
     while (conjugate := math.fsum(conjugates(alpha))) == math.inf:

@@ -415,7 +415,7 @@ def _linearized(penalty: Penalty, parameter: Tensor, optimizer: Optimizer) -> Pe
 
 def _is_large(optimizer: Optimizer, parameter: Tensor, penalty: Penalty) -> bool:
     """A CPU's cache does not hold all of the parameter, and its prox is the same in pieces, which fit."""
-    soft = None if torch.compiler.is_compiling() else penalty._soft()
+    soft = None if torch.compiler.is_compiling() else penalty.coefficients()
     return (
         soft is not None
         and soft.anchor is None

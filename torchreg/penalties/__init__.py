@@ -1,4 +1,4 @@
-"""The penalties: value and prox side by side, one per file; the maps and group geometries that they share."""
+"""The penalties, one per file with value and prox side by side, and the prox maps and groups that they share."""
 
 from torchreg.penalties.base import Penalty
 from torchreg.penalties.capped_l1 import CappedL1

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from torchreg._checks import greater_than
 from torchreg._tensors import Step
-from torchreg.penalties.concave import Concave, geometric_mean
-from torchreg.penalties.functional import _choose, _within, soft_threshold
+from torchreg.penalties.concave import Concave
+from torchreg.penalties.functional import choose, geometric_mean, in_range, soft_threshold
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class CappedL1(Concave):
     """λ Σ min(|w|, θ).
 
-    prox(w, step) is the soft threshold up to |w| = θ + λ·step/2, and `w` as it is beyond. From λ·step = 2θ on it is the
-    hard threshold at √(2θλ·step). Of its two minimizers at the jump it takes the smaller.
+    prox(w, step) is the soft threshold up to |w| = θ + λ·step/2, and `w` unchanged beyond. From λ·step = 2θ on it is
+    the hard threshold at √(2θλ·step). Of the two minimizers at the jump it takes the smaller.
 
     The slope is λ up to |w| = θ, and 0 beyond.
 
     Args:
         strength: λ ≥ 0, in units of loss per unit of |w|.
-        theta: θ > 0, in units of w: the size from which on a weight is let alone.
+        theta: θ > 0, in units of w: larger weights are not shrunk.
     Shape:
         w: any shape, floating or complex. The value is a 0-d tensor (float32 or wider); the prox keeps w's
         shape and dtype.
@@ -43,22 +42,20 @@ class CappedL1(Concave):
     strength: float
     theta: float
 
-    name: ClassVar[str] = "capped_l1"
-    formula: ClassVar[str] = "λ Σ min(|w|, θ)"
+    name = "capped_l1"
+    formula = "λ Σ min(|w|, θ)"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "theta", greater_than("theta", self.theta, 0, "write CappedL1(1e-4, theta=0.1)"))
 
-    def _value(self, w: Tensor) -> Tensor:
-        return self.strength * w.abs().clamp(max=_within(self.theta, w)).sum()
+    def value(self, w: Tensor) -> Tensor:
+        return self.strength * w.abs().clamp(max=in_range(self.theta, w)).sum()
 
-    def _prox(self, w: Tensor, step: Step) -> Tensor:
+    def prox_map(self, w: Tensor, step: Step) -> Tensor:
         threshold = self.strength * step
-        jump = _choose(
-            threshold < 2 * self.theta, self.theta + threshold / 2, geometric_mean(2 * self.theta, threshold)
-        )
-        return torch.where(w.abs() > _within(jump, w), w, soft_threshold(w, threshold))
+        jump = choose(threshold < 2 * self.theta, self.theta + threshold / 2, geometric_mean(2 * self.theta, threshold))
+        return torch.where(w.abs() > in_range(jump, w), w, soft_threshold(w, threshold))
 
-    def _slope(self, modulus: Tensor) -> Tensor:
+    def slope(self, modulus: Tensor) -> Tensor:
         return self.strength * (modulus <= self.theta).to(modulus.dtype)

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from torchreg._tensors import Step
-from torchreg.penalties.concave import Concave, geometric_mean
-from torchreg.penalties.functional import hard_threshold
+from torchreg.penalties.concave import Concave
+from torchreg.penalties.functional import geometric_mean, hard_threshold
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class L0(Concave):
     """λ·#{w ≠ 0}.
 
     prox(w, step) is the hard threshold: zero iff |w| ≤ √(2λ·step). So how large a weight must be to stay depends on the
-    step, that is on the learning rate; under Adam, whose step is huge for a weight with a small gradient, none is
-    large enough for long. Its gradient is 0, so that in a loss it does nothing but count.
+    step, and thus on the learning rate. Under Adam, whose step is huge for a weight with a small gradient, no weight is
+    large enough for long. The gradient is 0: in a loss L0 does nothing but count.
 
     Args:
         strength: λ ≥ 0, in units of loss per weight.
@@ -39,22 +38,23 @@ class L0(Concave):
 
     strength: float
 
-    name: ClassVar[str] = "l0"
-    formula: ClassVar[str] = "λ·#{w ≠ 0}"
+    name = "l0"
+    formula = "λ·#{w ≠ 0}"
 
-    def _value(self, w: Tensor) -> Tensor:
+    def value(self, w: Tensor) -> Tensor:
         modulus = w.abs()
         ones = torch.where(modulus.isnan(), modulus, modulus.sign())  # a graph of gradient 0, where != has none
         return self.strength * ones.sum()
 
-    def _prox(self, w: Tensor, step: Step) -> Tensor:
+    def prox_map(self, w: Tensor, step: Step) -> Tensor:
         return hard_threshold(w, geometric_mean(2 * self.strength, step))
 
-    def _slope(self, modulus: Tensor) -> Tensor:
+    def slope(self, modulus: Tensor) -> Tensor:
         return torch.zeros_like(modulus).masked_fill(modulus == 0, torch.inf if self.strength else 0.0)
 
-    def _dual_norm(self, gradient: Tensor) -> Tensor:
+    def dual_norm(self, gradient: Tensor) -> Tensor:
         raise NotImplementedError(
-            "L0 has no least strength at which zero is stationary: it is so at any, as the slope at 0 is infinite; "
-            "choose the strength by the weights that a step is to keep, |w| > √(2·strength·step)"
+            "L0 has no least strength at which zero is stationary: zero is stationary at every strength, because the "
+            "slope at 0 is infinite; choose the strength by the weights that a step should keep, "
+            "|w| > √(2·strength·step)"
         )

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from torchreg._tensors import Step
-from torchreg.penalties.base import Penalty, indicator, largest, over
+from torchreg.penalties.base import Penalty, indicator, largest, modulus_subgradient, over
 from torchreg.penalties.coefficients import L1L2
-from torchreg.penalties.functional import soft_threshold
+from torchreg.penalties.functional import in_range, soft_threshold
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class L1(Penalty):
     """λΣ|w|.
 
@@ -40,29 +38,25 @@ class L1(Penalty):
 
     strength: float
 
-    name: ClassVar[str] = "l1"
-    formula: ClassVar[str] = "λΣ|w|"
-    strengths: ClassVar[tuple[str, ...]] = ("strength",)
-    convex: ClassVar[bool] = True
-    separable: ClassVar[bool] = True
-    smooth: ClassVar[bool] = False
+    name = "l1"
+    formula = "λΣ|w|"
+    convex = True
+    separable = True
 
-    def _value(self, w: Tensor) -> Tensor:
+    def value(self, w: Tensor) -> Tensor:
         return self.strength * w.abs().sum()
 
-    def _prox(self, w: Tensor, step: Step) -> Tensor:
+    def prox_map(self, w: Tensor, step: Step) -> Tensor:
         return soft_threshold(w, step * self.strength)
 
-    def _soft(self) -> L1L2:
+    def coefficients(self) -> L1L2:
         return L1L2(self.strength, 0.0)
 
-    def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
-        limit = min(self.strength, torch.finfo(w.dtype).max)  # clamp refuses a number beyond the range of w
-        at_zero = -gradient.sgn() * gradient.abs().clamp(max=limit)
-        return torch.where(w == 0, at_zero, limit * (w / w.abs()))  # the sign of a NaN would be 0
+    def nearest_subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
+        return modulus_subgradient(w, gradient, in_range(self.strength, w))
 
-    def _dual_norm(self, gradient: Tensor) -> Tensor:
+    def dual_norm(self, gradient: Tensor) -> Tensor:
         return over(largest(gradient), self.strength)
 
-    def _conjugate(self, v: Tensor) -> Tensor:
+    def conjugate(self, v: Tensor) -> Tensor:
         return indicator(v.abs() <= self.strength)

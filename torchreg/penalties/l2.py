@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from torchreg._checks import nonnegative
 from torchreg._tensors import Step
-from torchreg.penalties.base import Penalty, divided, over
+from torchreg.penalties.base import Penalty, divided, over, sum_of_squares
 from torchreg.penalties.coefficients import L1L2
 
 
-def sum_of_squares(w: Tensor) -> Tensor:
-    """Σ|w|², smooth at 0 for complex weights too, where |w| is not."""
-    return (w * w.conj()).real.sum() if w.is_complex() else w.square().sum()
-
-
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class L2(Penalty):
     """λΣw².
 
     prox(w, step) = w / (1 + 2·step·λ): smaller weights, no zeros.
 
-    The gradient is 2λw. Torch's `weight_decay=wd` adds wd·w to the gradient, so it is λ = wd/2: use
+    The gradient is 2λw. Torch's `weight_decay=wd` adds wd·w to the gradient, so that λ = wd/2: use
     `L2.from_weight_decay`. For complex weights w² is the squared modulus.
 
     Args:
@@ -45,36 +39,35 @@ class L2(Penalty):
 
     strength: float
 
-    name: ClassVar[str] = "l2"
-    formula: ClassVar[str] = "λΣw²"
-    strengths: ClassVar[tuple[str, ...]] = ("strength",)
-    convex: ClassVar[bool] = True
-    separable: ClassVar[bool] = True
-    smooth: ClassVar[bool] = True
+    name = "l2"
+    formula = "λΣw²"
+    convex = True
+    separable = True
+    smooth = True
 
     @classmethod
     def from_weight_decay(cls, weight_decay: float) -> L2:
         """The L2 whose gradient is that of `torch.optim.SGD(weight_decay=...)`: λ = wd/2.
 
         >>> L2.from_weight_decay(1e-2)
-        L2(strength=0.005)  # λΣw²
+        L2(strength=0.005)
         """
         return cls(nonnegative("weight_decay", weight_decay, "write L2.from_weight_decay(1e-4)") / 2)
 
-    def _value(self, w: Tensor) -> Tensor:
+    def value(self, w: Tensor) -> Tensor:
         return self.strength * sum_of_squares(w)
 
-    def _prox(self, w: Tensor, step: Step) -> Tensor:
+    def prox_map(self, w: Tensor, step: Step) -> Tensor:
         return divided(w, 1 + 2 * self.strength * step)
 
-    def _soft(self) -> L1L2:
+    def coefficients(self) -> L1L2:
         return L1L2(0.0, self.strength)
 
-    def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
+    def nearest_subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
         return 2 * self.strength * w
 
-    def _dual_norm(self, gradient: Tensor) -> Tensor:
+    def dual_norm(self, gradient: Tensor) -> Tensor:
         return over(gradient.abs().sum(), 0.0)  # no λ holds a weight at 0 against a gradient
 
-    def _conjugate(self, v: Tensor) -> Tensor:
+    def conjugate(self, v: Tensor) -> Tensor:
         return over(sum_of_squares(v), 4 * self.strength)

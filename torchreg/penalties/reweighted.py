@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from torchreg._distributed import local_part
-from torchreg._tensors import Step, checked_weights, widened
+from torchreg._tensors import Step, checked_weights, local_part, widened
 from torchreg.penalties.base import Penalty
 from torchreg.penalties.concave import Concave
 from torchreg.penalties.weighted_l1 import WeightedL1
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Reweighted(Penalty):
     """Ω(w) = Σω(|w|), with the prox of its tangent.
 
-    A training step from w₀ takes prox(w, step) = soft(w, step·ω′(|w₀|)), with the tangent of ω at |w₀| in its place: L1
+    A training step from w₀ takes prox(w, step) = soft(w, step·ω′(|w₀|)), the prox of the tangent of ω at |w₀|. It is L1
     with a strength for each weight, renewed at each step. A weight rests where gradient + ω′(|w|)·sign(w) = 0, and a
-    zero where |gradient| ≤ ω′(0): at the critical points of loss + Ω, at all of them, whatever the step. The exact prox
-    does not stay at all of them, and at which depends on the step; under Adam, whose step grows as a gradient fades, it
-    leaves the large weights that Ω is to let alone.
+    zero where |gradient| ≤ ω′(0). These are all the critical points of loss + Ω, whatever the step. The exact prox
+    rests at some of them only, and which ones depends on the step. Under Adam, whose step grows as a gradient fades, it
+    does not even keep the large weights, which Ω should leave alone.
 
-    Without the w₀ of a step, `prox(w, step)` takes the tangent at `w` itself.
+    Without the w₀ of a training step, `prox(w, step)` takes the tangent at `w` itself.
 
     Args:
         penalty: Ω, with a finite slope at 0: MCP, SCAD, LogSum, TransformedL1 or CappedL1.
@@ -35,7 +32,7 @@ class Reweighted(Penalty):
         w: any shape, floating or complex. The value is a 0-d tensor (float32 or wider); the prox keeps w's
         shape and dtype.
     Raises:
-        TypeError: `penalty` is no concave penalty of single weights.
+        TypeError: `penalty` is not a concave penalty of single weights.
         ValueError: its slope at 0 is infinite.
     Source: Zou and Li, 2008 (local linear approximation); Candès, Wakin and Boyd, 2008.
 
@@ -47,19 +44,18 @@ class Reweighted(Penalty):
 
     penalty: Concave
 
-    formula: ClassVar[str] = "Ω(w) = Σω(|w|), with the prox of its tangent"
-    convex: ClassVar[bool] = False
-    separable: ClassVar[bool] = True
-    smooth: ClassVar[bool] = False
-    linearizes: ClassVar[bool] = True
+    formula = "Ω(w) = Σω(|w|), with the prox of its tangent"
+    convex = False
+    separable = True
+    linearizes = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.penalty, Concave):
             raise TypeError(
-                f"penalty={self.penalty!r} is no concave penalty of single weights; give Reweighted one such as "
-                "MCP(1e-4) or LogSum(1e-4). The prox of a convex one rests at its own solutions as it is"
+                f"expected a concave penalty of single weights, such as MCP(1e-4) or LogSum(1e-4), got "
+                f"{self.penalty!r}; use a convex penalty as it is: its prox already rests at its own solutions"
             )
-        if self.penalty._with(strength=1.0)._slope(torch.zeros((), device="cpu")).item() == math.inf:
+        if self.penalty.with_strengths(strength=1.0).slope(torch.zeros((), device="cpu")).item() == math.inf:
             raise ValueError(
                 f"penalty={self.penalty!r} has an infinite slope at 0, so that its tangent would hold every zero for "
                 "ever; use LogSum or TransformedL1 with a small epsilon or a, which come near to it"
@@ -72,42 +68,34 @@ class Reweighted(Penalty):
 
     @property
     def strengths(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Those of the penalty."""
+        """The names of the wrapped penalty's strengths."""
         return self.penalty.strengths
 
     @property
     def strength(self) -> float:
-        """λ of the penalty."""
+        """λ of the wrapped penalty."""
         return self.penalty.strength
 
-    def linearized(self, w: Tensor) -> WeightedL1:
-        """The tangent of Ω at `w`, less a constant: L1 with the strength ω′(|w|) for each weight."""
-        modulus = widened(local_part(checked_weights(type(self).__name__, w))).abs()
-        return WeightedL1(1.0, self.penalty._slope(modulus))
-
-    def __repr__(self) -> str:
-        return f"Reweighted({repr(self.penalty).partition('  #')[0]})  # {self.formula}"
-
-    def _with(self, **strengths: float) -> Reweighted:
-        return self._of(self.penalty._with(**strengths))
-
-    def _under(self, strengths: Sequence[Tensor]) -> Reweighted:
-        return self._of(self.penalty._under(strengths))
-
-    def _of(self, penalty: Concave) -> Reweighted:
-        """The same of a penalty of this class, whose slope is known to be finite: a compiled step must not look."""
-        new = object.__new__(type(self))
-        object.__setattr__(new, "penalty", penalty)
+    def with_strengths(self, **strengths: float | Tensor) -> Reweighted:
+        new = object.__new__(
+            type(self)
+        )  # unchecked: the slope is known to be finite, and a compiled step must not read
+        object.__setattr__(new, "penalty", self.penalty.with_strengths(**strengths))
         return new
 
-    def _value(self, w: Tensor) -> Tensor:
-        return self.penalty._value(w)
+    def linearized(self, w: Tensor) -> WeightedL1:
+        """The tangent of Ω at `w`, up to a constant: L1 with the strength ω′(|w|) for each weight."""
+        modulus = widened(local_part(checked_weights(type(self).__name__, w))).abs()
+        return WeightedL1(1.0, self.penalty.slope(modulus))
 
-    def _prox(self, w: Tensor, step: Step) -> Tensor:
-        return self.linearized(w)._prox(w, step)
+    def value(self, w: Tensor) -> Tensor:
+        return self.penalty.value(w)
 
-    def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
-        return self.penalty._subgradient(w, gradient)
+    def prox_map(self, w: Tensor, step: Step) -> Tensor:
+        return self.linearized(w).prox_map(w, step)
 
-    def _dual_norm(self, gradient: Tensor) -> Tensor:
-        return self.penalty._dual_norm(gradient)
+    def nearest_subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
+        return self.penalty.nearest_subgradient(w, gradient)
+
+    def dual_norm(self, gradient: Tensor) -> Tensor:
+        return self.penalty.dual_norm(gradient)

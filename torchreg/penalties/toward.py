@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from torchreg._distributed import ShardLayout, local_part
-from torchreg._tensors import Step, widened
+from torchreg._tensors import Layout, Step, local_part, widened
 from torchreg.penalties.base import Penalty, inner
 from torchreg.penalties.coefficients import L1L2
 
 
-@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Toward(Penalty):
     """Ω(w − w₀).
 
     prox(w, step) = w₀ + prox_Ω(w − w₀, step): where Ω's prox gives an exact zero, w is exactly w₀.
 
-    Users write `Regularizer(..., toward=state_dict)`, which makes one for each parameter.
+    Users write `Regularizer(..., toward=state_dict)`, which makes a Toward for each parameter.
 
     Args:
         penalty: Ω.
@@ -37,9 +35,9 @@ class Toward(Penalty):
     penalty: Penalty
     anchor: Tensor
 
-    name: ClassVar[str] = "toward"
-    formula: ClassVar[str] = "Ω(w − w₀)"
-    strengths: ClassVar[tuple[str, ...]] = ()
+    name = "toward"
+    formula = "Ω(w − w₀)"
+    strengths = ()
 
     @property
     def convex(self) -> bool:  # type: ignore[override]
@@ -71,31 +69,31 @@ class Toward(Penalty):
         wide = widened(local_part(w))
         return dataclasses.replace(self, penalty=self.penalty.linearized(wide - local_part(self.anchor).to(wide)))
 
-    def _rounded_to(self, dtype: torch.dtype) -> Toward:
+    def rounded_to(self, dtype: torch.dtype) -> Toward:
         return self if self.anchor.dtype is dtype else dataclasses.replace(self, anchor=self.anchor.to(dtype))
 
-    def _on(self, shard: ShardLayout) -> Toward:
-        return dataclasses.replace(self, penalty=self.penalty._on(shard), anchor=shard.part(self.anchor))
+    def on_part(self, layout: Layout) -> Toward:
+        return dataclasses.replace(self, penalty=self.penalty.on_part(layout), anchor=layout.part(self.anchor))
 
-    def _value(self, w: Tensor) -> Tensor:
-        return self.penalty._value(w - self.anchor.to(w))
+    def value(self, w: Tensor) -> Tensor:
+        return self.penalty.value(w - self.anchor.to(w))
 
-    def _prox(self, w: Tensor, step: Step) -> Tensor:
+    def prox_map(self, w: Tensor, step: Step) -> Tensor:
         anchor = self.anchor.to(w)
         away = w - anchor
-        kept = self.penalty._prox(away, step)
-        # Exact at both ends, where w₀ + kept would round: no step leaves w, and a zero is w₀.
-        return torch.where(kept == 0, anchor, w - (away - kept))
+        new = self.penalty.prox_map(away, step)
+        # Exact at both ends, where w₀ + new would round: a step of 0 gives w, and a zero gives w₀.
+        return torch.where(new == 0, anchor, w - (away - new))
 
-    def _soft(self) -> L1L2 | None:
-        soft = self.penalty._soft()
-        return None if soft is None or soft.anchor is not None else soft._replace(anchor=self.anchor)
+    def coefficients(self) -> L1L2 | None:
+        found = self.penalty.coefficients()
+        return None if found is None or found.anchor is not None else found._replace(anchor=self.anchor)
 
-    def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
-        return self.penalty._subgradient(w - self.anchor.to(w), gradient)
+    def nearest_subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
+        return self.penalty.nearest_subgradient(w - self.anchor.to(w), gradient)
 
-    def _dual_norm(self, gradient: Tensor) -> Tensor:
-        return self.penalty._dual_norm(gradient)
+    def dual_norm(self, gradient: Tensor) -> Tensor:
+        return self.penalty.dual_norm(gradient)
 
-    def _conjugate(self, v: Tensor) -> Tensor:
-        return self.penalty._conjugate(v) + inner(v, self.anchor.to(v))
+    def conjugate(self, v: Tensor) -> Tensor:
+        return self.penalty.conjugate(v) + inner(v, self.anchor.to(v))

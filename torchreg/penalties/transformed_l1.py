@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from torchreg._checks import greater_than
 from torchreg._tensors import Step
-from torchreg.penalties.concave import Concave, geometric_mean
-from torchreg.penalties.functional import _within, soft_threshold
+from torchreg.penalties.concave import Concave
+from torchreg.penalties.functional import geometric_mean, in_range, soft_threshold
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class TransformedL1(Concave):
     """λ Σ (a + 1)|w|/(a + |w|).
 
@@ -26,7 +25,7 @@ class TransformedL1(Concave):
 
     Args:
         strength: λ ≥ 0, in units of loss: the price of a weight of size 1.
-        a: > 0, in units of w: as a → 0 it is L0, as a → ∞ it is L1.
+        a: > 0, in units of w; as a → 0 it is L0, as a → ∞ it is L1.
     Shape:
         w: any shape, floating or complex. The value is a 0-d tensor (float32 or wider); the prox keeps w's
         shape and dtype.
@@ -44,23 +43,23 @@ class TransformedL1(Concave):
     strength: float
     a: float = 1.0
 
-    name: ClassVar[str] = "transformed_l1"
-    formula: ClassVar[str] = "λ Σ (a + 1)|w|/(a + |w|)"
+    name = "transformed_l1"
+    formula = "λ Σ (a + 1)|w|/(a + |w|)"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "a", greater_than("a", self.a, 0, "write TransformedL1(1e-4, a=1.0)"))
 
-    def _value(self, w: Tensor) -> Tensor:
+    def value(self, w: Tensor) -> Tensor:
         modulus = w.abs()
         return self.strength * (self.a + 1) * (modulus / (modulus + self.a)).sum()
 
-    def _prox(self, w: Tensor, step: Step) -> Tensor:
+    def prox_map(self, w: Tensor, step: Step) -> Tensor:
         a, modulus = self.a, w.abs()
-        root = _within(geometric_mean(self.strength * a * (a + 1), step), w)
+        root = in_range(geometric_mean(self.strength * a * (a + 1), step), w)
         sum_ = modulus + a
-        # x = u + a is the largest root of x³ − sum·x² + root² = 0, by the cosine of a third of an angle. Of cosines
-        # near 1 nothing would be left in 1 − cos; of sines all is.
+        # x = u + a is the largest root of x³ − sum·x² + root² = 0, by the cosine of a third of an angle. 1 − cos would
+        # lose all digits of a small angle, and sines keep them.
         sine = (6.75**0.5 * root / sum_ / sum_.sqrt()).clamp(max=1 - torch.finfo(sum_.dtype).eps)
         x = sum_ * (1 - 4 / 3 * (sine.asin() / 3).sin().square())
         shrinkage = (root / x).square()
@@ -69,5 +68,5 @@ class TransformedL1(Concave):
             zero = ((root / a) * (root / (u + a)) >= modulus - u / 2) & (root > (a**3 / 2) ** 0.5)
         return soft_threshold(w, torch.where(zero, modulus, shrinkage))
 
-    def _slope(self, modulus: Tensor) -> Tensor:
+    def slope(self, modulus: Tensor) -> Tensor:
         return self.strength * self.a * (self.a + 1) / (modulus + self.a).square()

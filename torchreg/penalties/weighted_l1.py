@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from torchreg._tensors import Step
-from torchreg.penalties.base import Penalty, indicator, largest, over
+from torchreg.penalties.base import Penalty, indicator, largest, modulus_subgradient, over
 from torchreg.penalties.functional import soft_threshold
 
 
-@dataclass(frozen=True, repr=False, eq=False)
+@dataclass(frozen=True, eq=False)
 class WeightedL1(Penalty):
     """λ Σ v·|w|.
 
     prox(w, step) = sign(w)·max(|w| − step·λ·v, 0), the soft threshold: exact zeros.
 
-    Users write `Reweighted(penalty)`, which makes one for each parameter and step.
+    Users write `Reweighted(penalty)`, which makes a WeightedL1 for each parameter and step.
 
     Args:
         strength: λ ≥ 0, in units of loss per unit of v·|w|.
-        weights: v ≥ 0, a real tensor that broadcasts against `w`; where `w` is sharded, against this process's part of
-            it. It is not looked at.
+        weights: v ≥ 0, a real tensor that broadcasts against `w`, or against this process's part of a sharded `w`. It
+            is not validated.
     Shape:
         w: any shape against which `weights` broadcasts, floating or complex.
     Source: Zou, 2006 (the adaptive lasso).
@@ -36,28 +34,24 @@ class WeightedL1(Penalty):
     strength: float
     weights: Tensor
 
-    name: ClassVar[str] = "weighted_l1"
-    formula: ClassVar[str] = "λ Σ v·|w|"
-    strengths: ClassVar[tuple[str, ...]] = ("strength",)
-    convex: ClassVar[bool] = True
-    separable: ClassVar[bool] = True
-    smooth: ClassVar[bool] = False
+    name = "weighted_l1"
+    formula = "λ Σ v·|w|"
+    convex = True
+    separable = True
 
-    def _value(self, w: Tensor) -> Tensor:
+    def value(self, w: Tensor) -> Tensor:
         return (self._limit(w) * w.abs()).sum()
 
-    def _prox(self, w: Tensor, step: Step) -> Tensor:
+    def prox_map(self, w: Tensor, step: Step) -> Tensor:
         return soft_threshold(w, step * self._limit(w))
 
-    def _subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
-        limit = self._limit(w)
-        at_zero = -gradient.sgn() * torch.minimum(gradient.abs(), limit)
-        return torch.where(w == 0, at_zero, limit * (w / w.abs()))  # the sign of a NaN would be 0
+    def nearest_subgradient(self, w: Tensor, gradient: Tensor) -> Tensor:
+        return modulus_subgradient(w, gradient, self._limit(w))
 
-    def _dual_norm(self, gradient: Tensor) -> Tensor:
+    def dual_norm(self, gradient: Tensor) -> Tensor:
         return largest(over(gradient.abs(), self._limit(gradient)))
 
-    def _conjugate(self, v: Tensor) -> Tensor:
+    def conjugate(self, v: Tensor) -> Tensor:
         return indicator(v.abs() <= self._limit(v))
 
     def _limit(self, w: Tensor) -> Tensor:

@@ -313,9 +313,9 @@ class Schedule:
     >>> for _ in range(3):
     ...     print(reg["l1"].penalty)  # and here a training step
     ...     schedule.step()
-    L1(strength=0.0)  # λΣ|w|
-    L1(strength=5e-05)  # λΣ|w|
-    L1(strength=0.0001)  # λΣ|w|
+    L1(strength=0.0)
+    L1(strength=5e-05)
+    L1(strength=0.0001)
     """
 
     def __init__(self, regularizer: Regularizer, curve: Curve | Mapping[str, Curve]) -> None:

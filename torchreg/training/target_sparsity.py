@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchreg._checks import checked_state, nonnegative, whole_number
-from torchreg._distributed import local_part, shard_layout, unsharded
+from torchreg._distributed import layout_of, unsharded
 from torchreg._tensors import widened
 from torchreg.binding.bindings import Binding
 from torchreg.binding.regularizer import Regularizer
@@ -241,9 +241,9 @@ class TargetSparsity:
     def _hold(self) -> None:
         for binding in self._bindings():
             w, anchor, kept = binding.parameter(), _anchor(binding), self._kept[binding.name]
-            if (shard := shard_layout(w)) is not None:
-                w, anchor, kept = local_part(w), local_part(anchor), shard.part(kept)
-            w.copy_(torch.where(kept, anchor, w))
+            layout = layout_of(w)
+            w = layout.part(w)
+            w.copy_(torch.where(layout.part(kept), layout.part(anchor), w))
 
     # ------------------------------------------------------------------ reading
 

@@ -24,7 +24,7 @@ from torchreg.inspection.zero_counts import counted
 from torchreg.kernels import Summary, summarize
 from torchreg.optim.attachment import Attachment
 from torchreg.penalties import Penalty
-from torchreg.penalties.group_lasso import GroupPenalty
+from torchreg.penalties.group_penalty import GroupPenalty
 from torchreg.penalties.groups import Columns, Rows
 from torchreg.penalties.toward import Toward
 from torchreg.views import tags
@@ -207,7 +207,7 @@ class Gauge:
                 (1,) * len(weight.shape) if weight.penalty.separable else weight.shape
             )
             try:
-                norm = weight.penalty._dual_norm(ones).item()
+                norm = weight.penalty.dual_norm(ones).item()
             except NotImplementedError:  # a penalty without certificates
                 norm = math.inf
             known = self._limits[weight.entry.name] = (weight.penalty, 1 / norm if norm > 0 else math.inf)
@@ -279,7 +279,7 @@ class _Weight:
 
     def _by_sums(self, absolute: float = 0.0, squares: float = 0.0) -> float | None:
         """Ω by Σ|w| and Σw², where that is enough: these are of the weights that the model computes with."""
-        soft = None if self.penalty is None or connectivity.masked(self.entry) else self.penalty._soft()
+        soft = None if self.penalty is None or connectivity.masked(self.entry) else self.penalty.coefficients()
         return None if soft is None or soft.anchor is not None else soft.l1 * absolute + soft.l2 * squares
 
 

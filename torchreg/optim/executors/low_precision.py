@@ -57,7 +57,7 @@ def wide_step(
                     for key, value in optimizer.state[parameter].items()
                 }
                 stand_ins.append((number, parameter, wide))
-                penalty = None if penalty is None else penalty._rounded_to(parameter.dtype)
+                penalty = None if penalty is None else penalty.rounded_to(parameter.dtype)
             else:
                 state[wide] = optimizer.state[parameter]
             groups[-1]["params"].append(wide)

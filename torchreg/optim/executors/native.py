@@ -352,7 +352,7 @@ def _memory(x: Tensor) -> Tensor:
 
 def _soft(asked: Penalty | L1L2 | None) -> L1L2 | None:
     """The penalty as numbers; None where it is another one."""
-    return FREE if asked is None else asked if isinstance(asked, L1L2) else asked._soft()
+    return FREE if asked is None else asked if isinstance(asked, L1L2) else asked.coefficients()
 
 
 def _settings(group: Group) -> list[Any]:
