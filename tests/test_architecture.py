@@ -23,9 +23,9 @@ REPOSITORY = Path(__file__).parents[1]
 
 # A file imports only from files above it.
 ORDER = [
-    "_distributed",
     "_checks",
     "_tensors",
+    "_distributed",
     "_tables",
     "penalties",
     "kernels",
@@ -39,7 +39,7 @@ ORDER = [
 ]
 # The same within a package, where it is settled; elsewhere it is enough that no circle closes.
 INSIDE = {
-    "penalties": ["coefficients", "functional", "groups", "base"],
+    "penalties": ["coefficients", "functional", "groups", "base", "concave", "group_penalty"],
     "kernels": ["random_bits", "native", "cuda_kernels", "cuda", "backend", "weight_stats", "step_tables", "l1l2"],
     "binding": ["selection", "connectivity", "bindings", "evaluation", "regularizer", "loss"],
     "inspection": ["zero_counts", "certificates"],
@@ -187,7 +187,7 @@ def test_nothing_comes_along_that_one_must_not_see(who, never):
 
 def test_the_walk_sees_the_imports_that_are_there():
     modules = sources()
-    assert "torchreg.penalties.l2" in imports("torchreg.penalties.elastic_net", modules)
+    assert "torchreg.penalties.l1" in imports("torchreg.penalties.elastic_net", modules)
     assert {"torchreg._checks", "torchreg.binding.selection", "torch"} <= imports(
         "torchreg.binding.regularizer", modules
     )
@@ -202,6 +202,89 @@ def test_an_optional_package_is_imported_in_its_own_part_alone(package):
         if part != ONLY_IN[package]:
             users = [other for other in imports(module, modules) if package in other.split(".")]
             assert not users, f"{module} imports {users}"
+
+
+def test_penalties_know_nothing_of_processes_but_how_a_weight_lies_over_them():
+    modules = sources()
+    users = [name for name in modules if "torchreg._distributed" in imports(name, modules)]
+    assert [name for name in users if name.startswith("torchreg.penalties")] == ["torchreg.penalties.base"]
+    assert "from torchreg._distributed import layout_of\n" in modules["torchreg.penalties.base"]
+
+
+# ---------------------------------------------------------------------- who reads private names
+
+# Parts whose files read no private name of another file. A part that has been cleaned is added here.
+CLEAN = ["_checks", "_distributed", "_tables", "_tensors", "penalties", "testing"]
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_definitions(text: str) -> set[str]:
+    """The private names that a file defines: functions, classes, methods, variables and attributes."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr)
+    return {name for name in found if private(name)}
+
+
+def private_reads(module: str, modules: Mapping[str, str]) -> list[str]:
+    """The private names of other files that `module` imports, or reads as an attribute of whatever object.
+
+    Private modules such as `_checks` are helpers of the whole library; private names of torch are its own affair.
+    """
+    own = private_definitions(modules[module])
+    others = set().union(*(private_definitions(text) for name, text in modules.items() if name != module)) - own
+    found = []
+    for node in ast.walk(ast.parse(modules[module])):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("torchreg")):
+            names = [alias.name for alias in node.names if f"{node.module}.{alias.name}" not in modules]
+            found += [name for name in names if private(name)]
+        elif isinstance(node, ast.Attribute) and node.attr in others:
+            found.append(node.attr)
+    return [f"{module} reads {name}, which is private to another file" for name in found]
+
+
+def test_a_clean_part_reads_no_private_name_of_another_file():
+    modules = sources()
+    names = [name for name in modules if name.split(".")[1:2] and name.split(".")[1] in CLEAN]
+    assert {name.split(".")[1] for name in names} == set(CLEAN)
+    assert not [reading for name in names for reading in private_reads(name, modules)]
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("from torchreg.penalties.elastic_net import _ratio", "_ratio"),
+        ("from .elastic_net import _ratio", "_ratio"),
+        ("from torchreg.penalties import elastic_net\nelastic_net._ratio(0.5)", "_ratio"),
+        ("def f(penalty, w):\n    return penalty._at(w)", "_at"),
+        ("class Own:\n    def f(self, w):\n        return self._at(w)", "_at"),
+    ],
+)
+def test_a_private_name_that_is_read_is_seen(text, name):
+    broken = {**sources(), "torchreg.penalties.l1": text}
+    assert private_reads("torchreg.penalties.l1", broken) == [
+        f"torchreg.penalties.l1 reads {name}, which is private to another file"
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from torchreg import _checks\nfrom torchreg._checks import nonnegative",
+        "class Own:\n    def _at(self):\n        pass\n    def f(self):\n        return self._at()",
+        "import torch\ntorch._C._are_functorch_transforms_active()",
+    ],
+)
+def test_what_is_private_to_the_file_itself_or_to_torch_may_be_read(text):
+    assert not private_reads("torchreg.penalties.l1", {**sources(), "torchreg.penalties.l1": text})
 
 
 # ---------------------------------------------------------------------- what is loaded
