@@ -12,6 +12,9 @@ from torchreg._distributed import local_part
 Step = float | Tensor
 """A prox step: a number, or a tensor that broadcasts against the weights."""
 
+PIECE = 1 << 16
+"""The number of weights of a large parameter that a CPU handles at a time: what belongs to them fits in its caches."""
+
 
 def checked_weights(name: str, w: object) -> Tensor:
     """`w` if it is a floating or complex tensor, else an error."""

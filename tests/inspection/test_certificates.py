@@ -383,7 +383,7 @@ PENALTIES = [tr.L1(0.1), tr.L1(0.001), tr.L1(0.0), tr.L2(0.05), tr.ElasticNet(0.
 
 def solver(reg, closure, **settings):
     """A step of FISTA, as a function."""
-    optimizer = tr.optim.FISTA([w for _, w in reg.named_parameters()], reg, **settings)
+    optimizer = tr.optim.FISTA([w for _, w in reg.named_parameters()], regularizer=reg, **settings)
 
     def backward():
         loss = closure()

@@ -504,7 +504,7 @@ def test_a_captured_step_reads_memory_that_no_other_step_writes(
         return served[-1]
 
     assert [step(capturing, 0) for capturing in (True, False, True, False)] == ["stock", "triton", "triton", "triton"]
-    passes = optimizer._one_passes[1]
+    passes = optimizer._executors[1]
     [(rows, host)] = passes._captured[0].table._captured
     kept, gradients = host.clone(), [w.grad for w in model.parameters()]
     assert torch.equal(rows[: len(gradients) * 8], host[: len(gradients) * 8])

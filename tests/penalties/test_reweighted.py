@@ -175,7 +175,7 @@ def test_the_duality_gap_is_refused_with_the_reason() -> None:
     with pytest.raises(ValueError, match="is not convex, so that no dual bounds its minimum; use stationarity"):
         tr.duality_gap(reg, lambda: model(torch.ones(1, 3)).square().sum())
     with pytest.raises(ValueError, match="is not convex: momentum and the line search need that it is; use ProxSGD"):
-        tr.optim.FISTA(model.parameters(), reg)
+        tr.optim.FISTA(model.parameters(), regularizer=reg)
 
 
 # ---------------------------------------------------------------------- the tangent is that of the step's start

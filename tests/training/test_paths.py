@@ -53,7 +53,7 @@ class Problem:
 
     def fit(self, model, reg):
         self.fits += 1
-        solve(tr.optim.FISTA(model.parameters(), reg, tol=1e-8), self.loss)
+        solve(tr.optim.FISTA(model.parameters(), regularizer=reg, tol=1e-8), self.loss)
 
 
 def small(seed=0):
@@ -155,7 +155,7 @@ def test_warm_starts_save_steps():
             nonlocal count
             if not warm:
                 nn.init.zeros_(model.weight)
-            count += solve(tr.optim.FISTA(model.parameters(), reg, tol=1e-4), problem.loss)
+            count += solve(tr.optim.FISTA(model.parameters(), regularizer=reg, tol=1e-4), problem.loss)
 
         tr.path(problem.reg, counted, lambdas=tr.lambda_grid(problem.reg, counted, problem.loss, n=12, ratio=0.02))
         return count
@@ -205,7 +205,7 @@ def test_the_largest_lambda_is_the_first_at_which_nothing_is_left():
     reg = tr.Regularizer(model, tr.L1(1.0))
 
     def fit(model, reg):
-        solve(tr.optim.FISTA(model.parameters(), reg, tol=1e-9), lambda: F.cross_entropy(model(x), target))
+        solve(tr.optim.FISTA(model.parameters(), regularizer=reg, tol=1e-9), lambda: F.cross_entropy(model(x), target))
 
     (largest,) = tr.lambda_grid(reg, fit, lambda: F.cross_entropy(model(x), target), n=1)
     walked = tr.path(reg, fit, lambdas=[largest * (1 + 1e-6), largest * (1 - 1e-3)])

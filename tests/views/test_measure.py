@@ -278,7 +278,7 @@ def test_the_threshold_of_a_large_weight_is_of_a_sample():
     optimizer = tr.optim.ProxAdam(model.parameters(), lr=1e-3, regularizer=reg)
     (model(torch.randn(64, 300) * torch.linspace(0.1, 3, 300)).square().mean()).backward()
     optimizer.step()
-    (step,) = reg._routes[0][0]().present_steps().values()
+    (step,) = reg.bindings()[0].carrier.sampled_steps().values()
     assert 900 < step.numel() < 1100
     v = array(optimizer.state[model.weight]["exp_avg_sq"]) / (1 - 0.999)
     assert tr.measure(reg)["threshold/weight"] == pytest.approx(0.1 * np.median(1e-3 / (np.sqrt(v) + 1e-8)), rel=0.05)

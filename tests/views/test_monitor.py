@@ -1084,7 +1084,9 @@ def test_a_deep_run_that_goes_back_to_its_start_without_time_to_measure_goes_on(
 def test_hyperparameters_read_back_beside_what_they_led_to(tmp_path):
     reg = tr.Regularizer(model := mlp(), {"fc1.weight": tr.L1(1e-2), "fc2.*": tr.ElasticNet(l1=1e-3, l2=1e-4)})
     tr.optim.ProxAdam(model.parameters(), lr=0.5, regularizer=reg)
-    optimizer = tr.optim.ProxAdam(model.parameters(), lr=0.5, regularizer=reg) if not reg._routes else None
+    optimizer = (
+        tr.optim.ProxAdam(model.parameters(), lr=0.5, regularizer=reg) if reg.bindings()[0].carrier is None else None
+    )
     with tr.TensorBoardMonitor(tmp_path, reg, hparams={"width": 300, "note": "a", "augment": True}) as monitor:
         monitor.log(0, accuracy=0.5)
         monitor.log(1, accuracy=0.75)

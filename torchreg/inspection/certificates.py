@@ -250,7 +250,7 @@ def _trainable(reg: Regularizer) -> list[Binding]:
     """The selected parameters, but for the frozen ones."""
     if not isinstance(reg, Regularizer):
         raise TypeError(f"reg is a {type(reg).__name__}; build one first: Regularizer(model, L1(1e-4))")
-    bindings = reg._current()
+    bindings = reg.bindings()
     for binding in bindings:
         if binding.selected.computed:
             raise RuntimeError(
@@ -344,8 +344,7 @@ def _exchanged_gradients(model: nn.Module, loss: Tensor, parameters: Sequence[Te
 
 def _left_behind(reg: Regularizer, bindings: Sequence[Binding], parameters: Sequence[Tensor]) -> list[Tensor]:
     """What `backward()` left in `.grad`, where that is the gradient of the data loss alone."""
-    held = {id_ for route in reg._live_routes() for id_ in route.held()}
-    if loose := [binding.name for binding in bindings if id(binding.parameter()) not in held]:
+    if loose := [binding.name for binding in bindings if binding.carrier is None]:
         raise ValueError(
             f"{', '.join(loose)} may be regularized in the loss, and then .grad holds the penalty's gradient too; pass "
             "a closure that returns the data loss: stationarity(reg, lambda: criterion(model(x), y))"

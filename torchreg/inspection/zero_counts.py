@@ -146,7 +146,7 @@ def counted(
     if isinstance(model, Regularizer):
         if include is not None or exclude is not None:
             raise ValueError("a regularizer has its selection; for another pass the model, with include")
-        return [binding.selected for binding in model._current()]
+        return [binding.selected for binding in model.bindings()]
     if include is not None or exclude is not None:
         return select(model, include, exclude)
     entries = [entry for entry in named_parameters(model) if not kind_of(entry)]

@@ -11,16 +11,8 @@ from torch import Tensor
 
 from torchreg._tables import render_table
 from torchreg.binding.regularizer import Regularizer
-from torchreg.training.paths import (
-    Fit,
-    PathPoint,
-    RegularizationPath,
-    Score,
-    check_regularizer,
-    checked_grid,
-    path,
-    put_back,
-)
+from torchreg.training.paths import PathPoint, RegularizationPath, Score, checked_grid, path
+from torchreg.training.session import Fit, check_regularizer, put_back
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import gc
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, overload
@@ -22,10 +20,8 @@ from torchreg.binding.regularizer import Regularizer
 from torchreg.binding.selection import unwrapped
 from torchreg.inspection.certificates import Closure, lambda_max
 from torchreg.inspection.zero_counts import sparsity
-from torchreg.optim.attachment import Attachment
+from torchreg.training.session import Fit, check_regularizer, copied, evaluating, fitting, put_back, rng_states, set_rng
 
-Fit = Callable[[nn.Module, Regularizer], object]
-"""Trains the model from the weights that it has, under the penalties of the regularizer; what it returns is ignored."""
 Score = Callable[[nn.Module], float]
 """What the model is worth, on data that it was not trained on: higher is better."""
 Strengths = dict[str, dict[str, float]]
@@ -422,7 +418,7 @@ def _lambda_max(reg: Regularizer, closure: Closure) -> tuple[float, list[Binding
             f"λ_max is {max(candidates.values()):g}: at zero weights the loss has no gradient to weigh λ against, as "
             "in a network of several layers; pass lambdas, from small to large, and walk up from the dense network"
         )
-    bindings = [b for b in reg._current() if b.term.key in candidates and b.scale and b.parameter().requires_grad]
+    bindings = [b for b in reg.bindings() if b.term.key in candidates and b.scale and b.parameter().requires_grad]
     return max(candidates.values()), bindings
 
 
@@ -479,81 +475,7 @@ def _number(name: str, value: object) -> float:
     return float(number)
 
 
-def copied(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy on the CPU: `state_dict()` aliases the live weights."""
-    return {
-        key: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
-        for key, value in state.items()
-    }
-
-
-# ---------------------------------------------------------------------- what a fit may leave behind
-
-
-@contextlib.contextmanager
-def put_back(reg: Regularizer) -> Iterator[None]:
-    """After the block, model and strengths are what they were before it."""
-    state, strengths = copied(reg.model.state_dict()), reg.state_dict()
-    try:
-        yield
-    finally:
-        reg.model.load_state_dict(state)
-        reg.load_state_dict(strengths)
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; after the block every module is in the mode that it had."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextlib.contextmanager
-def fitting(reg: Regularizer) -> Iterator[None]:
-    """Lets go of the optimizers that a fit makes for itself: the next one brings its own."""
-    before = [reference() for reference, _ in reg._routes]
-
-    def left() -> list[Attachment]:
-        routes = [reference() for reference, _ in reg._routes]
-        return [route for route in routes if isinstance(route, Attachment) and route.alive and route not in before]
-
-    try:
-        yield
-    except BaseException:
-        for route in left():  # the traceback holds the optimizer, which nobody will step any more
-            route.remove()
-        raise
-    if left():
-        gc.collect()  # a trainer and its optimizer may hold each other
-    reg._forget_dead()
-
-
-def rng_states(model: nn.Module) -> dict[str, Tensor]:
-    """The states of torch's random generators, of the CPU and where the model is."""
-    cuda = {str(w.device): torch.cuda.get_rng_state(w.device) for w in model.parameters() if w.is_cuda}
-    return {"cpu": torch.get_rng_state(), **cuda}
-
-
-def set_rng(states: Mapping[str, Tensor]) -> None:
-    for device, state in states.items():
-        if device == "cpu":
-            torch.set_rng_state(state)
-        elif torch.cuda.is_available():
-            torch.cuda.set_rng_state(state, device)
-
-
 # ---------------------------------------------------------------------- what was given
-
-
-def check_regularizer(reg: object) -> None:
-    """Raises unless it is one."""
-    if not isinstance(reg, Regularizer):
-        raise TypeError(f"reg is a {type(reg).__name__}; build one first: Regularizer(model, L1(1e-4))")
 
 
 def checked_grid(lambdas: object) -> tuple[float, ...]:

@@ -22,7 +22,7 @@ from torchreg.binding.selection import ParameterRef
 from torchreg.inspection.certificates import Stationarity
 from torchreg.inspection.zero_counts import counted
 from torchreg.kernels import Summary, summarize
-from torchreg.optim.attachment import Attachment
+from torchreg.optim.attachment import carriers
 from torchreg.penalties import Penalty
 from torchreg.penalties.group_lasso import GroupPenalty
 from torchreg.penalties.groups import Columns, Rows
@@ -190,9 +190,8 @@ class Gauge:
                     fresh = torch.zeros(weight.shape, dtype=torch.bool, device=device)
                 self._supports[weight.entry.name] = fresh
         if isinstance(target, Regularizer) and target.enabled:
-            routes = [route for route in target._live_routes() if isinstance(route, Attachment)]
-            steps = {id_: step for route in routes for id_, step in route.present_steps().items()}
-            for weight, binding in zip(weights, target._current(), strict=True):
+            steps = {id_: step for carrier in carriers(target) for id_, step in carrier.sampled_steps().items()}
+            for weight, binding in zip(weights, target.bindings(), strict=True):
                 weight.term, weight.penalty = binding.term.key, binding.penalty
                 weight.step = steps.get(id(weight.entry.parameter), 0.0) if weight.shape.numel() else 0.0
                 weight.limit = self._limit(weight) if id(weight.entry.parameter) in steps else 0.0

@@ -21,7 +21,7 @@ from torchreg.binding.loss import LastLoss
 from torchreg.binding.regularizer import Regularizer
 from torchreg.inspection.certificates import Stationarity
 from torchreg.inspection.zero_counts import sparsity
-from torchreg.optim.attachment import Attachment
+from torchreg.optim.attachment import carriers
 from torchreg.views import tags
 from torchreg.views.measurement import NEAR_ZERO, Gauge
 from torchreg.views.reading import read
@@ -279,8 +279,7 @@ class TensorBoardMonitor:
 
     def _optimizers(self) -> list[Optimizer]:
         """The proximal optimizers that carry the regularizer."""
-        routes = [route for route in self._regularizer._live_routes() if isinstance(route, Attachment)]
-        return [optimizer for route in routes if (optimizer := route._optimizer()) is not None]
+        return [carrier.optimizer for carrier in carriers(self._regularizer)]
 
     # ------------------------------------------------------------------ the weights
 
