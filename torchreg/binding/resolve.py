@@ -144,7 +144,7 @@ class Resolution:
                 binding.ready = True
         self.bindings = [bindings[entry.name] for entry in inventory.entries if entry.name in bindings]
         self.why_not = why_not
-        self._edges = None
+        self._edges = _edges(self.model, self.bindings)
         if not any(is_lazy(entry.parameter) for entry in inventory.entries):
             self._plan = None
         elif plan.toward is not None:

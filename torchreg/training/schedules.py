@@ -12,6 +12,19 @@ from typing import cast
 from torchreg._checks import checked_state, nonnegative, whole_number
 from torchreg.binding.regularizer import Regularizer
 
+__all__ = [
+    "Chain",
+    "Constant",
+    "Cosine",
+    "Cubic",
+    "Exponential",
+    "Geometric",
+    "Linear",
+    "Polynomial",
+    "Schedule",
+    "Steps",
+]
+
 Curve = Callable[[int], float]
 """Gives the value at each step, 0 the first: one of the curves here, or any function."""
 
@@ -384,8 +397,9 @@ def _value(name: str, value: object) -> float:
 
 
 def check_curve(curve: object) -> None:
+    """Raises unless `curve` can be called."""
     if not callable(curve):
-        raise TypeError(f"{curve!r} is no curve; pass one such as Linear(0, 1, steps=1000), or a function of the step")
+        raise TypeError(f"{curve!r} is not a curve; pass Linear(0, 1, steps=1000), say, or a function of the step")
 
 
 def _set(curve: object, **values: object) -> None:

@@ -16,10 +16,10 @@ Fit = Callable[[nn.Module, Regularizer], object]
 """Trains the model from the weights that it has, under the penalties of the regularizer; what it returns is ignored."""
 
 
-def check_regularizer(reg: object) -> None:
+def check_regularizer(regularizer: object) -> None:
     """Raises unless it is one."""
-    if not isinstance(reg, Regularizer):
-        raise TypeError(f"reg is a {type(reg).__name__}; build one first: Regularizer(model, L1(1e-4))")
+    if not isinstance(regularizer, Regularizer):
+        raise TypeError(f"regularizer is a {type(regularizer).__name__}; build one first: Regularizer(model, L1(1e-4))")
 
 
 def copied(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,14 +31,14 @@ def copied(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def put_back(reg: Regularizer) -> Iterator[None]:
+def put_back(regularizer: Regularizer) -> Iterator[None]:
     """After the block, model and strengths are what they were before it."""
-    state, strengths = copied(reg.model.state_dict()), reg.state_dict()
+    state, strengths = copied(regularizer.model.state_dict()), regularizer.state_dict()
     try:
         yield
     finally:
-        reg.model.load_state_dict(state)
-        reg.load_state_dict(strengths)
+        regularizer.model.load_state_dict(state)
+        regularizer.load_state_dict(strengths)
 
 
 @contextlib.contextmanager

@@ -59,11 +59,11 @@ class Stage(ABC):
         """What holds, in words: a cell of the recipe's table."""
 
     @abstractmethod
-    def on(self, reg: Regularizer, optimizer: Optimizer) -> AbstractContextManager[object]:
+    def on(self, regularizer: Regularizer, optimizer: Optimizer) -> AbstractContextManager[object]:
         """A `with` block in which it holds, for the steps of `optimizer`."""
 
-    def check(self, reg: Regularizer) -> None:  # noqa: B027  most stages take any regularizer
-        """Raises a ValueError where the stage cannot hold for `reg`: asked before the first stage begins."""
+    def check(self, regularizer: Regularizer) -> None:  # noqa: B027  most stages take any regularizer
+        """Raises a ValueError where the stage cannot hold for `regularizer`: asked before the first stage begins."""
 
     def __repr__(self) -> str:
         fields = sorted(dataclasses.fields(self), key=lambda field: field.name == "rewind")  # last, as it is written
@@ -90,9 +90,9 @@ class Pretrain(Stage):
         return "penalty off"
 
     @contextlib.contextmanager
-    def on(self, reg: Regularizer, optimizer: Optimizer) -> Iterator[None]:
+    def on(self, regularizer: Regularizer, optimizer: Optimizer) -> Iterator[None]:
         """The penalty is off inside the `with` block."""
-        with reg.disabled():
+        with regularizer.disabled():
             yield
 
 
@@ -126,17 +126,17 @@ class Regularize(Stage):
         """What holds, in words."""
         return "penalty on" if self.curve == AS_WRITTEN else f"penalty on, λ times {self.curve!r}"
 
-    def check(self, reg: Regularizer) -> None:
+    def check(self, regularizer: Regularizer) -> None:
         """Raises where a term does not exist, or a curve begins with no factor."""
-        with _factors_put_back(reg):
-            Schedule(reg, self.curve)
+        with _factors_put_back(regularizer):
+            Schedule(regularizer, self.curve)
 
     @contextlib.contextmanager
-    def on(self, reg: Regularizer, optimizer: Optimizer) -> Iterator[Schedule]:
+    def on(self, regularizer: Regularizer, optimizer: Optimizer) -> Iterator[Schedule]:
         """λ follows the curve inside the `with` block; the factors that were before come back after it."""
-        _check_enabled(reg)
-        with _factors_put_back(reg):
-            schedule = Schedule(reg, self.curve)
+        _check_enabled(regularizer)
+        with _factors_put_back(regularizer):
+            schedule = Schedule(regularizer, self.curve)
             with _stepped(self, schedule, optimizer):
                 yield schedule
 
@@ -176,17 +176,17 @@ class Sparsify(Stage):
         target = f"{self.target!r}" if callable(self.target) else f"{self.target:.2%} zeros"
         return f"penalty on, λ moves to {target}"
 
-    def check(self, reg: Regularizer) -> None:
+    def check(self, regularizer: Regularizer) -> None:
         """Raises where the term does not exist."""
-        if self.term is not None and self.term not in reg.terms:
-            raise ValueError(f"no term {self.term!r} to move; the terms are {list(reg.terms)}")
+        if self.term is not None and self.term not in regularizer.terms:
+            raise ValueError(f"no term {self.term!r} to move; the terms are {list(regularizer.terms)}")
 
     @contextlib.contextmanager
-    def on(self, reg: Regularizer, optimizer: Optimizer) -> Iterator[TargetSparsity]:
+    def on(self, regularizer: Regularizer, optimizer: Optimizer) -> Iterator[TargetSparsity]:
         """λ is moved inside the `with` block; the factors that were before come back after it."""
-        _check_enabled(reg)
-        with _factors_put_back(reg):
-            found = TargetSparsity(reg, self.target, total_steps=self.steps, term=self.term, groups=self.groups)
+        _check_enabled(regularizer)
+        with _factors_put_back(regularizer):
+            found = TargetSparsity(regularizer, self.target, total_steps=self.steps, term=self.term, groups=self.groups)
             with _stepped(self, found, optimizer):
                 yield found
 
@@ -213,15 +213,15 @@ class Refit(Stage):
         return "penalty off, zeros kept"
 
     @contextlib.contextmanager
-    def on(self, reg: Regularizer, optimizer: Optimizer) -> Iterator[None]:
+    def on(self, regularizer: Regularizer, optimizer: Optimizer) -> Iterator[None]:
         """The penalty is off and zeros are kept inside the `with` block."""
-        if not any(bool(zero.any()) for _, zero in _zeros(reg)):
+        if not any(bool(zero.any()) for _, zero in _zeros(regularizer)):
             warnings.warn(
-                f"{self!r} keeps no zeros, as no weight of {reg!r} is zero; a penalty in the loss makes none: let a "
-                "proximal optimizer carry it, such as tr.optim.ProxAdam(model.parameters(), regularizer=reg)",
+                f"{self!r} keeps no zeros, as no weight of {regularizer!r} is zero; a penalty in the loss makes none: "
+                "let a proximal optimizer carry it, such as tr.optim.ProxAdam(model.parameters(), regularizer=reg)",
                 stacklevel=3,
             )
-        with reg.disabled(), freeze_zeros(reg, optimizer):
+        with regularizer.disabled(), freeze_zeros(regularizer, optimizer):
             yield
 
 
@@ -287,14 +287,15 @@ class Recipe(tuple[Stage, ...]):
         """
         return Recipe(*tuple(self) * whole_number("times", times))
 
-    def stages(self, reg: Regularizer) -> Stages:
-        """The stages to go through with the model of `reg`.
+    def stages(self, regularizer: Regularizer) -> Stages:
+        """The stages to go through with the model of `regularizer`.
 
         Raises:
-            TypeError: `reg` is no regularizer.
-            ValueError: `reg` is disabled, lacks a term that a stage moves, or selects a weight that cannot be zero.
+            TypeError: `regularizer` is no regularizer.
+            ValueError: `regularizer` is disabled, lacks a term that a stage moves, or selects a weight that cannot be
+                zero.
         """
-        return Stages(reg, self)
+        return Stages(regularizer, self)
 
     def __repr__(self) -> str:
         return f"Recipe({', '.join(map(repr, self))})"
@@ -421,8 +422,12 @@ class Stages:
 
     def _point(self) -> dict[str, Any]:
         """Where the training stands."""
-        reg = self.regularizer
-        return {"model": copied(reg.model.state_dict()), "strengths": reg.state_dict(), "rng": rng_states(reg.model)}
+        regularizer = self.regularizer
+        return {
+            "model": copied(regularizer.model.state_dict()),
+            "strengths": regularizer.state_dict(),
+            "rng": rng_states(regularizer.model),
+        }
 
     def _begin(self) -> None:
         """Keeps where the next stage begins, and what later stages rewind to."""
@@ -456,14 +461,14 @@ class Stages:
 
 
 @contextlib.contextmanager
-def _factors_put_back(reg: Regularizer) -> Iterator[None]:
+def _factors_put_back(regularizer: Regularizer) -> Iterator[None]:
     """After the block, every factor of λ is what it was before it."""
-    before = {key: term.factor for key, term in reg.terms.items()}
+    before = {key: term.factor for key, term in regularizer.terms.items()}
     try:
         yield
     finally:
         for key, factor in before.items():
-            reg[key].factor = factor
+            regularizer[key].factor = factor
 
 
 @contextlib.contextmanager
@@ -483,16 +488,16 @@ def _stepped(stage: Stage, mover: Schedule | TargetSparsity, optimizer: Optimize
 
 
 @torch.no_grad()
-def _zeros(reg: Regularizer) -> list[tuple[Tensor, Tensor]]:
+def _zeros(regularizer: Regularizer) -> list[tuple[Tensor, Tensor]]:
     """For each parameter what counts as zero, 0 or w₀, and which of its weights are that."""
-    weights = [(binding.parameter(), binding.anchor) for binding in reg.bindings()]
+    weights = [(binding.parameter(), binding.anchor) for binding in regularizer.bindings()]
     corners = [torch.zeros_like(w) if anchor is None else anchor.to(w) for w, anchor in weights]
     return [(corner, w == corner) for (w, _), corner in zip(weights, corners, strict=True)]
 
 
-def _check_enabled(reg: Regularizer) -> None:
-    if not reg.enabled:
-        raise ValueError("reg is disabled, so that nothing would be regularized; call reg.enable() first")
+def _check_enabled(regularizer: Regularizer) -> None:
+    if not regularizer.enabled:
+        raise ValueError("regularizer is disabled, so that nothing would be regularized; call reg.enable() first")
 
 
 def _rewinding(stage: Stage) -> str:
