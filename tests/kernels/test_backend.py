@@ -77,7 +77,7 @@ def test_with_a_gpu_the_table_says_what_else_triton_lacks(
 
         monkeypatch.setattr(cuda, "try_out", broken)
     else:
-        monkeypatch.setattr(backend.importlib.util, "find_spec", setting["find_spec"])
+        monkeypatch.setattr(choice.importlib.util, "find_spec", setting["find_spec"])
     monkeypatch.delenv("TORCHREG_BACKEND", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(choice, "_tried", choice._tried.__wrapped__)
