@@ -21,9 +21,14 @@ typedef struct {
 } tensor;
 
 typedef struct {
-    double moduli, squares, largest;
-    int64_t nonzeros, near, finite;
+    double squares;
+    int64_t nonzeros;
 } line;
+
+typedef struct {
+    double moduli, largest;
+    int64_t near, finite;
+} whole;
 
 typedef struct {
     double *squares;
@@ -120,19 +125,22 @@ EVERY_PROCESSOR void torchreg_statistics_of(void *all, int64_t index) {
     const tensor *t = c->t;
     const int64_t width = t->columns * t->inner;
     line lines[TILE];
+    whole tile;
     for (int64_t first = c->first; first < c->last; first += TILE) {
         const int64_t rows = c->last - first < TILE ? c->last - first : TILE;
         for (int64_t at = 0; at < width; at += STRIP) {
             const int64_t n = width - at < STRIP ? width - at : STRIP;
             if (t->dtype == FLOAT64)
-                tile_double(t, first, rows, at, n, near_zero, lines, c->own);
-            else if (!tile_quick(t, first, rows, at, n, near_zero, lines, c->own))
-                tile_wide(t, first, rows, at, n, near_zero, lines, c->own);
+                tile_double(t, first, rows, at, n, near_zero, lines, &tile, c->own);
+            else if (!tile_quick(t, first, rows, at, n, near_zero, lines, &tile, c->own))
+                tile_wide(t, first, rows, at, n, near_zero, lines, &tile, c->own);
+            c->counts[1] += tile.near, c->counts[2] += tile.finite;
+            c->sums[0] += tile.moduli;
+            if (tile.largest > c->sums[2]) c->sums[2] = tile.largest;
             for (int64_t i = 0; i < rows; i++) {
                 const line *l = lines + i;
-                c->counts[0] += l->nonzeros, c->counts[1] += l->near, c->counts[2] += l->finite;
-                c->sums[0] += l->moduli, c->sums[1] += l->squares;
-                if (l->largest > c->sums[2]) c->sums[2] = l->largest;
+                c->counts[0] += l->nonzeros;
+                c->sums[1] += l->squares;
                 t->counts[4 + first + i] += l->nonzeros;
                 t->sums[3 + first + i] += l->squares;
                 if (t->support) c->counts[3] += renew(t, (first + i) * width + at, n);
