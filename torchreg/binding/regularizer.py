@@ -99,6 +99,10 @@ class Regularizer:
         self._resolution.check_materialized()
         return bindings
 
+    def carriers(self) -> list[Carrier]:
+        """The attachments that carry parameters, each once; a changed model is not noticed here."""
+        return list({id(b.carrier): b.carrier for b in self._resolution.bindings if b.carrier is not None}.values())
+
     def resolved_bindings(self) -> list[Binding]:
         """`bindings()` for a carrier: parameters may be lazy, and no optimizer is asked whether it has changed."""
         return self._resolution.current()
@@ -176,7 +180,7 @@ class Regularizer:
                 parametrization, or the model has changed as in `reg()`.
         """
         bindings = self._evaluated()
-        if carriers := [binding.carrier for binding in bindings if binding.carrier is not None]:
+        if carriers := self.carriers():
             raise RuntimeError(
                 f"{carriers[0].describe()} already applies the prox; call its step alone, or reg.detach() first"
             )
@@ -233,7 +237,7 @@ class Regularizer:
         >>> reg().requires_grad
         True
         """
-        for carrier in _carriers(self.resolved_bindings()):
+        for carrier in self.carriers():
             carrier.remove()
 
     # ------------------------------------------------------------------ strengths
@@ -334,7 +338,7 @@ class Regularizer:
         """The bindings, with the carriers of now."""
         bindings = self._resolution.current()
         if not torch.compiler.is_compiling():
-            for carrier in _carriers(bindings):
+            for carrier in self.carriers():
                 carrier.refresh()
         return bindings
 
@@ -342,7 +346,7 @@ class Regularizer:
         """The bindings, for an evaluation: carriers warn where the weights train without them."""
         bindings = self.bindings()
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            for carrier in _carriers(bindings):
+            for carrier in self.carriers():
                 carrier.look()
         return bindings
 
@@ -379,11 +383,6 @@ def _given(parameters: Mapping[str, Tensor], bindings: list[Binding]) -> list[Te
             )
         found.append(w)
     return found
-
-
-def _carriers(bindings: list[Binding]) -> list[Carrier]:
-    """What carries the bindings, each once."""
-    return list({id(b.carrier): b.carrier for b in bindings if b.carrier is not None}.values())
 
 
 def _total(values: list[Tensor], first: Binding) -> Tensor:

@@ -284,8 +284,7 @@ def carrier_of(parameter: Tensor) -> Attachment | None:
 
 def carriers(regularizer: Regularizer) -> list[Attachment]:
     """The attachments that carry parameters of a regularizer."""
-    every = {id(binding.carrier): binding.carrier for binding in regularizer.resolved_bindings()}
-    return [carrier for carrier in every.values() if isinstance(carrier, Attachment)]
+    return [carrier for carrier in regularizer.carriers() if isinstance(carrier, Attachment)]
 
 
 def attach(
