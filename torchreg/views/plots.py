@@ -27,7 +27,7 @@ from torchreg._tensors import checked_weights, widened
 from torchreg.binding import connectivity, selection
 from torchreg.binding.regularizer import Regularizer
 from torchreg.binding.selection import ParameterRef, Selector
-from torchreg.inspection.zero_counts import counted
+from torchreg.inspection.zero_counts import counted_weights
 from torchreg.training.paths import RegularizationPath
 
 if TYPE_CHECKING:
@@ -574,7 +574,7 @@ def _entries(source: object, include: Selector | None = None, exclude: Selector 
         return [ParameterRef("weight", holder, "weight")]
     if not isinstance(source, (nn.Module, Regularizer)):
         raise TypeError(f"expected a model, a Regularizer or a weight, got {type(source).__name__}; pass one of these")
-    return counted(source, include, exclude)
+    return counted_weights(source, include, exclude)
 
 
 def _first(source: nn.Module | Regularizer | Tensor, name: str | None) -> ParameterRef:
