@@ -14,10 +14,12 @@ from torchreg.binding.selection import ParameterRef
 from torchreg.views import plots
 from torchreg.views.tensorboard import records
 from torchreg.views.tensorboard.layout import evenly_spread
+from torchreg.views.weight_maps import input_strengths, mask_pixels
 
 # Nine colours of viridis, which is nearly linear between them. Importing Matplotlib for it takes a third of a second.
 _VIRIDIS = "440154 472d7b 3b528b 2c728e 21918c 28ae80 5ec962 addc30 fde725"
 _DEAD = 211  # light grey
+
 
 class History:
     """The sparsity of every layer over time, thinned out so that its size is bounded for any number of steps."""
@@ -49,10 +51,11 @@ class History:
             steps, numbers = zip(*self._points, strict=True)
             yield plots.sparsity_over_time(steps, numbers)
 
+
 def pictures(entries: Sequence[ParameterRef], tags: Mapping[str, str]) -> Iterator[Any]:
     """The images and histograms of the weights as they are now, as values of TensorBoard."""
     first = next((entry for entry in entries if entry.parameter.dim() > 1), None)
-    if first is not None and first.parameter.numel() and len(strengths := plots.input_strengths(first)) > 1:
+    if first is not None and first.parameter.numel() and len(strengths := input_strengths(first)) > 1:
         yield records.image(f"weight_input_map/{tags[first.name]}", input_pixels(strengths))
     convolution = next((e for e in entries if isinstance(e.owner, nn.Conv2d) and e.parameter.dim() == 4), None)
     if convolution is not None and convolution.parameter.numel():
@@ -62,10 +65,11 @@ def pictures(entries: Sequence[ParameterRef], tags: Mapping[str, str]) -> Iterat
     for entry in evenly_spread(entries):
         tag = tags[entry.name]
         if entry.parameter.numel():
-            yield records.image(f"weight_masks/{tag}", 1 - plots.mask_pixels(entry))
+            yield records.image(f"weight_masks/{tag}", 1 - mask_pixels(entry))
         histogram = records.histogram(f"weight_nonzero/{tag}", connectivity.weights(entry))
         if histogram is not None:
             yield histogram
+
 
 def input_pixels(strengths: Tensor) -> Tensor:
     """Strengths of inputs as an image of (height, width, 3) bytes.
@@ -81,6 +85,7 @@ def input_pixels(strengths: Tensor) -> Tensor:
     finite = rows[rows.isfinite()]
     top = finite.amax() if len(finite) else rows.new_ones(())
     return _viridis(rows / top.where(top > 0, 1)).where((rows != 0)[..., None], _DEAD)
+
 
 def filter_pixels(w: Tensor, most: int = 64) -> Tensor:
     """Filters (outputs, inputs, height, width) next to each other, as an image in which 0 is mid grey.
@@ -104,6 +109,7 @@ def filter_pixels(w: Tensor, most: int = 64) -> Tensor:
     page = tiles.new_full((rows * columns, height + 1, width + 1, 3), 255)
     page[: len(tiles), :height, :width] = tiles
     return page.reshape(rows, columns, height + 1, width + 1, 3).transpose(1, 2).reshape(rows * (height + 1), -1, 3)
+
 
 def _viridis(shares: Tensor) -> Tensor:
     """Shares in [0, 1] as (..., 3) bytes; white where a share is not finite."""
