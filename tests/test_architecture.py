@@ -45,7 +45,7 @@ INSIDE = {
     "inspection": ["zero_counts", "certificates"],
     "optim": ["step_sizes", "attachment", "proximal", "fista"],
     "training": ["schedules", "refit", "target_sparsity", "paths", "cross_validation", "stages", "recipes"],
-    "views": ["tags", "reading", "measurement", "plots", "checkpoints", "reports", "tensorboard", "server"],
+    "views": ["tags", "reading", "measurement", "weight_maps", "plots", "report", "tensorboard"],
 }
 # Optional packages, by the only part of the house that may import them (by none of it, where there is no name).
 ONLY_IN = {

@@ -92,7 +92,7 @@ class Lion(Optimizer):
 
 
 def test_a_third_party_certifies_its_own() -> None:
-    check_step_size(lambda params: Lion(params, lr=0.1), lambda optimizer, group, parameter: group["lr"] / 2)
+    check_step_size(lambda params: Lion(params, lr=0.1), lambda group, state, parameter: group["lr"] / 2)
     with pytest.raises(AssertionError, match=r"at gradient 0.0001 the optimizer moved by 0.05·gradient"):
         check_step_size(lambda params: Lion(params, lr=0.1), learning_rate)
 
@@ -107,9 +107,9 @@ def test_an_optimizer_without_a_learning_rate_is_certified_too() -> None:
                 if parameter.grad is not None:
                     parameter.data.sub_(parameter.grad)
 
-    check_step_size(Unit, lambda optimizer, group, parameter: 1.0)
+    check_step_size(Unit, lambda group, state, parameter: 1.0)
     with pytest.raises(AssertionError, match=r"moved by 1·gradient, and the step is 0\.5"):
-        check_step_size(Unit, lambda optimizer, group, parameter: 0.5)
+        check_step_size(Unit, lambda group, state, parameter: 0.5)
 
 
 # ---------------------------------------------------------------------- penalties
