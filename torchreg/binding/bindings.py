@@ -154,6 +154,15 @@ class Binding:
         penalty = self.term.base._under(numbers.unbind())
         return penalty if self.anchor is None else Toward(penalty, self.anchor)
 
+    def is_bound_to(self, parameter: Tensor) -> bool:
+        """Its parameter is this one, at every place where it is tied: a quick check for each training step."""
+        selected = self.selected
+        known = selected.owner._parameters.get(selected.attribute)
+        return (known is parameter or self.parameter() is parameter) and not (
+            selected.ties
+            and any(owner._parameters.get(name.rpartition(".")[2]) is not known for name, owner in selected.ties)
+        )
+
     def parameter(self) -> Tensor:
         """The parameter as it is now, with the anchor on its device, and divided among processes as it is."""
         parameter = self.selected.parameter

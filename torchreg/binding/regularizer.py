@@ -99,6 +99,10 @@ class Regularizer:
         self._resolution.check_materialized()
         return bindings
 
+    def is_bound_to(self, pairs: Sequence[tuple[Tensor, Binding]]) -> bool:
+        """The bindings are still of these parameters: a quick check for each training step."""
+        return self._resolution.is_unchanged() and all(binding.is_bound_to(w) for w, binding in pairs)
+
     def carriers(self) -> list[Carrier]:
         """The attachments that carry parameters, each once; a changed model is not noticed here."""
         return list({id(b.carrier): b.carrier for b in self._resolution.bindings if b.carrier is not None}.values())

@@ -82,10 +82,14 @@ class Resolution:
             self._bind(Inventory(self.model))
         if self._edges is None:
             self._edges = _edges(self.model, self.bindings)
-        if any(modules.get(key) is not child or type(child) is not kind for modules, key, child, kind in self._edges):
+        if any(map(_has_changed, self._edges)):
             self._follow()
         self._check_ties()
         return self.bindings
+
+    def is_unchanged(self) -> bool:
+        """No module was replaced, and none is lazy: a quick check for each training step."""
+        return self._plan is None and self._edges is not None and not any(map(_has_changed, self._edges))
 
     def check_materialized(self) -> None:
         """Raises where a lazy module has not got its shape yet."""
@@ -247,6 +251,11 @@ def _anchor(toward: Mapping[str, Tensor], selected: ParameterRef, parameter: Ten
                 )
             return anchor
     raise ValueError(f"toward has no {selected.name}; exclude the parameter, or add it to the state dict")
+
+
+def _has_changed(edge: Edge) -> bool:
+    modules, key, child, kind = edge
+    return modules.get(key) is not child or type(child) is not kind
 
 
 def _edges(model: nn.Module, bindings: list[Binding]) -> list[Edge]:

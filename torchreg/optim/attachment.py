@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -51,7 +51,6 @@ class Attachment:
         self.in_step = self.stepped = False
         self._partial = partial
         self._held: list[Tensor] = []  # all parameters of the optimizer
-        self._known: Sequence[Binding] = ()  # all bindings of the regularizer
         self._carried: list[tuple[Tensor, Binding]] = []
         self._lost: list[Tensor] = []  # those that a newer attachment has taken over
         self._hooks: StepHooks | None = None
@@ -80,10 +79,9 @@ class Attachment:
         """Looks whether the model or the optimizer has changed, and takes over parameters that it was given since."""
         held = [w for group in self.optimizer.param_groups for w in group["params"]]
         if not (
-            self.regularizer.resolved_bindings() is self._known
+            self.regularizer.is_bound_to(self._carried)
             and len(held) == len(self._held)
             and all(map(operator.is_, held, self._held))
-            and all(binding.parameter() is w for w, binding in self._carried)
         ):
             self._find()
             self._take_over()
@@ -95,7 +93,7 @@ class Attachment:
         every = [(binding.parameter(), binding) for binding in bindings]
         carried = [(w, binding) for w, binding in every if id(w) in ids]
         self._check(carried, [binding for w, binding in every if id(w) not in ids])
-        self._carried, self._held, self._known = carried, held, bindings
+        self._carried, self._held = carried, held
 
     def _check(self, carried: list[tuple[Tensor, Binding]], missing: list[Binding]) -> None:
         """Raises where the optimizer cannot carry what is selected."""
@@ -242,10 +240,13 @@ class Attachment:
 
     def penalties(self) -> Mapping[int, Penalty | None]:
         """By `id`, the penalty of each parameter that it carries; None where no prox acts now."""
-        carried, enabled = self.carried(), self.regularizer.enabled
+        self.refresh()
+        enabled = self.regularizer.enabled
         if enabled and torch.compiler.is_compiling():
-            return {id(w): binding.compiled_penalty(w) for w, binding in carried}
-        return {id(w): binding.penalty if enabled and w.requires_grad else None for w, binding in carried}
+            return {id(w): b.compiled_penalty(w) for w, b in self._carried if b.carrier is self}
+        return {
+            id(w): b.penalty if enabled and w.requires_grad else None for w, b in self._carried if b.carrier is self
+        }
 
     def hook(self) -> None:
         """Hooks the prox behind each step of a stock optimizer."""
