@@ -18,6 +18,7 @@ demo: .venv/.examples
 test: lint .venv/.browser
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
+# Other processors and compilers are tried where Debian's qemu-user, clang and gcc-aarch64-linux-gnu are installed.
 test-slow: .venv/.test
 	$(PY) -m pytest -q -m slow
 

@@ -51,7 +51,7 @@ def fit_on(rows):
     """Any training function does; this one solves the convex problem, on these rows."""
 
     def fit(model, reg):
-        optimizer = tr.optim.FISTA(model.parameters(), reg, tol=args.tol)
+        optimizer = tr.optim.FISTA(model.parameters(), regularizer=reg, tol=args.tol)
 
         def closure():
             value = loss(rows)

@@ -12,7 +12,7 @@ import types
 from collections.abc import Iterator, Mapping
 
 import torchreg
-from torchreg.__main__ import _parser
+from torchreg.__main__ import argument_parser
 
 # Of the modules that a user reads, `__all__` of torchreg says which there are.
 MODULES = {
@@ -39,7 +39,7 @@ CLASSES = {value for value in NAMES.values() if inspect.isclass(value)}
 def listing() -> str:
     """The whole public API, a name a line; what a class adds to its public bases stands below it."""
     lines = [line for name, value in NAMES.items() for line in described(name, value)]
-    return "\n".join([*lines, *commands(_parser())]) + "\n"
+    return "\n".join([*lines, *commands(argument_parser())]) + "\n"
 
 
 def described(name: str, value: object) -> Iterator[str]:

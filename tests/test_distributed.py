@@ -222,7 +222,7 @@ def certificates(shard: Shard, world: int) -> Any:
             return loss_of(model)
 
         certified = tr.stationarity(reg, loss)
-        found += [*tr.lambda_max(reg, loss).values(), certified.total, certified.relative, certified.rest]
+        found += [*tr.lambda_max(reg, loss).values(), certified.total, certified.relative, certified.unpenalized]
         assert all(torch.equal(w, before[name]) for name, w in whole(model).items())
     return found
 
@@ -311,7 +311,7 @@ def narrow(shard: Shard, world: int) -> Any:
 def in_one_pass(shard: Shard, world: int) -> bool:
     """The native library, where there is one, takes the step of sharded weights too."""
     *_, optimizer = trained(shard, world, tr.L1(0.2), steps=3)
-    return (optimizer._one_passes[0]._rows is not None) == (backend.native() is not None)
+    return (optimizer._executors[0]._tables is not None) == (backend.native() is not None)
 
 
 PROBES = {probe.__name__: probe for probe in (counts, certificates, gradients, proxes, refits, targets, in_one_pass)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import http.server
 import importlib
 import io
 import json
@@ -14,16 +15,20 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import types
 import urllib.parse
 import urllib.request
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import scipy.sparse
+import tensorboard
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -31,8 +36,10 @@ from torch.nn.utils import prune
 
 import torchreg as tr
 from tests.models import array
-from torchreg.__main__ import _parser, main
-from torchreg.views import checkpoints, reports, server
+from torchreg import __main__ as command_line
+from torchreg.__main__ import argument_parser, main
+from torchreg.views.report import checkpoint_file
+from torchreg.views.tensorboard import server
 
 ROOT = Path(__file__).parents[1]
 
@@ -301,18 +308,18 @@ def test_the_state_dict_is_found(read, content, arguments, key, layer, legacy):
     [
         ({"model": STATE, "ema": OTHER}, (), "holds 2 state dicts, model, ema; choose one: --key model"),
         ({"a": {"b": STATE, "c": OTHER}}, ("--key", "a"), "holds 2 state dicts, a.b, a.c; choose one: --key a.b"),
-        ({"model": STATE}, ("--key", "ema"), "has no ema for --key ema; there it holds model"),
+        ({"model": STATE}, ("--key", "ema"), "has no ema for --key ema; at this place it holds model"),
         (
             {"model": STATE},
             ("--key", "model.fc.weight.x"),
-            "has no x for --key model.fc.weight.x; there it holds nothing",
+            "has no x for --key model.fc.weight.x; at this place it holds nothing",
         ),
         ({"model": STATE}, ("--key", ""), "has no  for --key"),
         ({"epoch": 3}, (), "holds no tensors by name; its keys are epoch; save the state dict alone"),
         ({"a": {"b": {"c": STATE}}}, (), "its keys are a; .* or choose --key"),
-        ({"epoch": 3}, ("--key", "epoch"), "at epoch holds a int and no state dict"),
-        (torch.ones(2, 2), (), "holds a Tensor and no state dict"),
-        ([STATE], (), "holds a list and no state dict"),
+        ({"epoch": 3}, ("--key", "epoch"), "at epoch holds a int instead of a state dict"),
+        (torch.ones(2, 2), (), "holds a Tensor instead of a state dict"),
+        ([STATE], (), "holds a list instead of a state dict"),
         ({}, (), "its keys are nothing"),
         ({1: torch.ones(2, 2)}, (), "has a tensor under a int for a name"),
         ({f"key{i}": 0 for i in range(1000)}, (), "key7 and 992 more"),
@@ -347,12 +354,12 @@ def test_names_of_wrapped_models_are_those_of_sparsity(read):
 
 def test_entries_that_are_no_tensors_are_named(read, run):
     assert read({**STATE, "q._packed_params": (1, 2)})["skipped"] == ["q._packed_params"]
-    assert "left out, no tensors: q._packed_params\n" in run("report", "x.pt")[1]
+    assert "left out, not tensors: q._packed_params\n" in run("report", "x.pt")[1]
 
 
 def test_safetensors_have_no_keys_to_choose(refused, tmp_path):
     save_file(STATE, tmp_path / "x.safetensors")
-    assert "has no model for --key model; there it holds fc.bias, fc.weight" in refused(
+    assert "has no model for --key model; at this place it holds fc.bias, fc.weight" in refused(
         "x.safetensors", "--key", "model"
     )
 
@@ -450,23 +457,26 @@ def lies(**claims: object) -> bytes:
 
 
 HOSTILE = {
-    "random": (lambda path: Path(path).write_bytes(np.random.default_rng(0).bytes(4096)), "is no file of torch.save"),
-    "text": (lambda path: Path(path).write_text("hello\n"), "is no file of torch.save"),
-    "plain pickle": (lambda path: Path(path).write_bytes(pickle.dumps({"a": 1})), "is no file of torch.save"),
+    "random": (
+        lambda path: Path(path).write_bytes(np.random.default_rng(0).bytes(4096)),
+        "is not a file of torch.save",
+    ),
+    "text": (lambda path: Path(path).write_text("hello\n"), "is not a file of torch.save"),
+    "plain pickle": (lambda path: Path(path).write_bytes(pickle.dumps({"a": 1})), "is not a file of torch.save"),
     "empty": (lambda path: Path(path).touch(), "is empty"),
     "directory": (lambda path: Path(path).mkdir(), "is a directory; name the file in it"),
-    "fifo": (os.mkfifo, "is no regular file"),
+    "fifo": (os.mkfifo, "is not a regular file"),
     "missing": (lambda path: None, "cannot open x.pt: No such file or directory; check the path"),
     "git lfs": (lambda path: Path(path).write_text("version https://git-lfs.github.com/spec/v1\n"), "run git lfs pull"),
     "truncated": (truncated, "or it is damaged"),
     "truncated legacy": (lambda path: truncated(path, legacy=True), "or it is damaged"),
     "zip magic alone": (lambda path: Path(path).write_bytes(b"PK\x03\x04" * 9), "or it is damaged"),
-    "zip of something else": (lambda path: zipfile.ZipFile(path, "w").writestr("a", "b"), "no file of|damaged"),
+    "zip of something else": (lambda path: zipfile.ZipFile(path, "w").writestr("a", "b"), "not a file of|damaged"),
     "compressed": (compressed, "is a compressed zip, which torch.save does not write"),
     "torchscript": (lambda path: zipfile.ZipFile(path, "w").writestr("a/constants.pkl", b""), "TorchScript archive"),
     "deep nesting": (
         lambda path: archive(path, b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."),
-        "list and no state",
+        "list instead of a state",
     ),
     "half a pickle": (lambda path: archive(path, b"\x80\x02}"), "or it is damaged"),
     "sparse": (
@@ -479,13 +489,13 @@ HOSTILE = {
         "or it is damaged",
     ),
     "less than it claims": (without_data, r"claims 4,000,000 bytes of data and has \d{3}; save it again"),
-    "safetensors too long": (lambda path: header(path, b"{}", 2**62), "is no safetensors file"),
-    "safetensors half a header": (lambda path: header(path, b'{"w": {"dty'), "is no safetensors file"),
-    "safetensors without data": (lambda path: header(path, lies()), "is no safetensors file"),
-    "safetensors shape": (lambda path: header(path, lies(shape=[2**40, 2**40])), "is no safetensors file"),
-    "safetensors offsets": (lambda path: header(path, lies(data_offsets=[16, 0])), "is no safetensors file"),
-    "safetensors dtype": (lambda path: header(path, lies(dtype="X9")), "is no safetensors file"),
-    "safetensors nesting": (lambda path: header(path, b'{"a":' * 10_000), "is no safetensors file"),
+    "safetensors too long": (lambda path: header(path, b"{}", 2**62), "is not a safetensors file"),
+    "safetensors half a header": (lambda path: header(path, b'{"w": {"dty'), "is not a safetensors file"),
+    "safetensors without data": (lambda path: header(path, lies()), "is not a safetensors file"),
+    "safetensors shape": (lambda path: header(path, lies(shape=[2**40, 2**40])), "is not a safetensors file"),
+    "safetensors offsets": (lambda path: header(path, lies(data_offsets=[16, 0])), "is not a safetensors file"),
+    "safetensors dtype": (lambda path: header(path, lies(dtype="X9")), "is not a safetensors file"),
+    "safetensors nesting": (lambda path: header(path, b'{"a":' * 10_000), "is not a safetensors file"),
 }
 
 
@@ -550,7 +560,7 @@ def test_a_name_as_long_as_a_book_is_cut(run, tmp_path):
 
 def test_without_safetensors_the_line_names_the_extra(refused, tmp_path, monkeypatch):
     save_file(STATE, tmp_path / "x.safetensors")
-    monkeypatch.setattr(checkpoints.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(checkpoint_file.importlib.util, "find_spec", lambda name: None)
     assert "pip install '.[report]'" in refused("x.safetensors")
     assert "\nreport = [" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
@@ -579,7 +589,7 @@ def test_help_has_examples_that_parse(run, capsys, arguments):
     examples = re.findall(r"^  torchreg (\w.*?)(?:  .*| \|.*)?$", out, re.M)
     assert len(examples) >= 2
     for example in examples:
-        parsed = _parser().parse_args(example.split())
+        parsed = argument_parser().parse_args(example.split())
         assert {parsed.run.__name__} <= {"_report", "_dashboard"}
 
 
@@ -597,10 +607,11 @@ def test_a_terminal_without_unicode_is_written_to_in_escapes(tmp_path, monkeypat
 def test_a_hangup_that_nohup_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with server._signals() as received:
-            os.kill(os.getpid(), signal.SIGHUP)
-            os.kill(os.getpid(), signal.SIGTERM)
-        assert received == [signal.SIGTERM]
+        with server._signals_exit():
+            signal.raise_signal(signal.SIGHUP)
+            with pytest.raises(SystemExit) as end:
+                signal.raise_signal(signal.SIGTERM)
+        assert end.value.code == 128 + signal.SIGTERM
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -611,7 +622,7 @@ def test_ctrl_c_ends_with_130_and_no_traceback(run, tmp_path, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(reports, "report", interrupted)
+    monkeypatch.setattr(command_line, "report_on", interrupted)
     assert run("report", "x.pt") == (130, "", "")
 
 
@@ -702,7 +713,10 @@ def test_the_dashboard_answers_shows_the_runs_and_leaves_no_process(tmp_path):
     with pytest.raises(OSError, match="refused"):
         fetch(f"http://127.0.0.1:{port}/data/runs")
     if Path("/proc/self/cmdline").exists():
-        assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(logs).encode() in content(path)]
+        end = time.monotonic() + 10  # its data server ends with it, but not in the same instant
+        while left := [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(logs).encode() in content(path)]:
+            assert time.monotonic() < end, left
+            time.sleep(0.05)
 
 
 def content(path: Path) -> bytes:
@@ -732,10 +746,37 @@ def test_the_link_names_an_address_that_this_machine_reaches(host, where):
     assert urllib.parse.urlsplit(server.links(host, 1)[0]).netloc == where
 
 
+class Board:
+    """TensorBoard's place in the program: a server that answers with no runs."""
+
+    flags: ClassVar[dict[str, object]] = {}
+
+    def configure(self, **flags: object) -> None:
+        self.flags.update(flags)
+
+    def launch(self) -> str:
+        handler = type("Handler", (http.server.BaseHTTPRequestHandler,), {"do_GET": self.answer, "log_request": print})
+        server = http.server.HTTPServer((self.flags["host"], self.flags["port"]), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return "http://127.0.0.1:6006/"
+
+    @staticmethod
+    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(b"[]")
+
+
 @pytest.fixture
-def instead(monkeypatch):
-    """What runs in TensorBoard's place."""
-    return lambda code: monkeypatch.setattr(server, "_command", lambda: [sys.executable, "-c", code])
+def board(monkeypatch):
+    """Puts `Board` in TensorBoard's place, with another `launch` if one is given."""
+
+    def put(launch: object = Board.launch) -> type[Board]:
+        kind = type("Board", (Board,), {"launch": launch, "flags": {}})
+        monkeypatch.setattr(tensorboard, "program", types.SimpleNamespace(TensorBoard=kind), raising=False)
+        return kind
+
+    return put
 
 
 def test_a_directory_that_is_missing_or_a_file_ends_with_2(run):
@@ -770,57 +811,89 @@ def test_without_tensorboard_the_line_names_the_extra(run, monkeypatch):
     assert "pip install '.[tensorboard]'" in run("dashboard", ".")[2]
 
 
-def test_a_tensorboard_that_dies_is_quoted(run, instead):
-    instead("import sys; sys.exit('chatter\\n\\nits \\x1b[31mlast words\\n')")
+class Refused(Exception):
+    """An error with a message of its own, as TensorBoard has it."""
+
+    def __init__(self, msg: str) -> None:
+        self.msg = msg
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (Refused("its \x1b[31mlast words"), "its \\x1b[31mlast words"),
+        (RuntimeError("no threads"), "RuntimeError: no threads"),
+    ],
+)
+def test_a_tensorboard_that_does_not_start_is_quoted(run, board, error, words):
+    def launch(_: Board) -> str:
+        print("chatter", file=sys.stderr)
+        raise error
+
+    board(launch)
     code, out, err = run("dashboard", ".")
     assert (code, out) == (2, "")
-    assert err == "torchreg: TensorBoard did not start: its \\x1b[31mlast words\n"
+    assert err.startswith(f"torchreg: TensorBoard did not start: {words}; check the installation")
 
 
-SERVER = """
-import http.server, json, sys
-port = int(next(a for a in sys.argv if a.startswith("--port")).partition("=")[2])
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200); self.end_headers(); self.wfile.write(b"[]")
-server = http.server.HTTPServer(("127.0.0.1", port), Handler)
-"""
-
-
-def test_an_empty_directory_is_said_and_one_that_dies_later_is_quoted(run, instead, monkeypatch):
+def test_an_empty_directory_is_said_and_the_browser_opens_the_overview(run, board, monkeypatch):
     opened: list[str] = []
-    monkeypatch.setattr(server.webbrowser, "open", opened.append)
-    instead(SERVER + "server.handle_request(); sys.exit('gone')")
+
+    def interrupted(link: str) -> None:
+        opened.append(link)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(server.webbrowser, "open", interrupted)
+    kind = board()
     code, out, err = run("dashboard", ".", "--open")
-    assert (code, err) == (2, "torchreg: TensorBoard ended: gone\n")
-    assert out.startswith("no event files yet: it will show them as they come\noverview: http://127.0.0.1:")
-    assert opened == [out.splitlines()[1].split()[1]]
+    assert (code, err) == (130, "")
+    *_, said, overview, charts, end = out.splitlines()
+    assert said == "no event files yet: it will show them as they come"
+    assert overview.startswith("overview: http://127.0.0.1:")
+    assert charts.startswith("charts:   http://127.0.0.1:")
+    assert end == "Ctrl-C stops it"
+    assert opened == [overview.split()[1]]
+    port = urllib.parse.urlsplit(opened[0]).port
+    assert kind.flags == {"logdir": str(Path.cwd()), "host": "127.0.0.1", "port": port, "reload_interval": 5}
+
+
+def test_runs_that_are_not_read_in_time_do_not_hold_the_links_back(run, board, monkeypatch):
+    Path("events.out.tfevents.0.host").touch()
+    monkeypatch.setattr(server, "_LOADING_SECONDS", 0.3)
+    monkeypatch.setattr(server.webbrowser, "open", lambda link: signal.raise_signal(signal.SIGINT))
+    board()
+    assert "runs: .\noverview:" in run("dashboard", ".", "--open")[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_before_it_answers_stops_one_that_does_not_want_to(run, instead, monkeypatch, number):
-    monkeypatch.setattr(server, "_STOP", 0.2)
-    handler, before = signal.default_int_handler, signal.getsignal(number)
-    signal.signal(number, handler)  # the tests may run where it is ignored, as under nohup
-    instead(
-        "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
-        f"open('pid', 'w').write(str(os.getpid())); os.kill({os.getpid()}, {int(number)}); time.sleep(60)"
-    )
-    started = time.monotonic()
-    assert run("dashboard", ".") == (128 + number, "", "")
-    assert time.monotonic() - started < 20
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(Path("pid").read_text()), 0)
-    assert signal.getsignal(number) is handler
-    signal.signal(number, before)
+def test_a_signal_while_it_starts_ends_with_its_number(run, board, number):
+    def leave(*_: object) -> None:
+        raise AssertionError("the handler of the caller")
+
+    before = signal.signal(number, signal.default_int_handler if number == signal.SIGINT else leave)
+    try:
+        board(lambda _: signal.raise_signal(number))
+        if number == signal.SIGINT:
+            assert run("dashboard", ".") == (130, "", "")
+        else:
+            with pytest.raises(SystemExit) as end:
+                run("dashboard", ".")
+            assert end.value.code == 128 + number
+            assert signal.getsignal(number) is leave
+    finally:
+        signal.signal(number, before)
 
 
-def test_a_tensorboard_that_never_answers_is_given_up(run, instead, monkeypatch):
-    monkeypatch.setattr(server, "_START", 0.3)
-    instead("import time; print('still loading', flush=True); time.sleep(60)")
-    code, out, err = run("dashboard", ".")
-    assert (code, out) == (2, "")
-    assert err.startswith("torchreg: TensorBoard did not answer in 0 s")
+def test_ctrl_c_stops_a_dashboard_that_runs(tmp_path):
+    process = typed("dashboard", str(tmp_path), start_new_session=True)
+    try:
+        assert any(line.startswith(b"Ctrl-C") for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+        assert process.stderr.read() == b""
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_6006_is_taken_when_it_is_free_and_another_when_it_is_not():

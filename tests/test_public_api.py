@@ -39,7 +39,7 @@ def test_the_public_api_is_the_listed_one():
         "    staticmethod twice(w: Tensor) -> Tensor",
         "    enabled: bool",
         "    target: float (settable)",
-        "def torchreg.optim.learning_rate(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step",
+        "def torchreg.optim.learning_rate(group: Group, state: State, parameter: Tensor) -> Step",
         "$ torchreg report CHECKPOINT --key --json --near-zero",
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.optim import SGD, Optimizer
 import torchreg as tr
 from tests.cases import every_plain_case
 from tests.models import Bare
-from torchreg.optim.step_sizes import STOCK, learning_rate
+from torchreg.optim.step_sizes import STOCK, StepSize, learning_rate
 from torchreg.testing import check_penalty, check_step_size
 
 # ---------------------------------------------------------------------- step sizes
@@ -36,17 +35,18 @@ def test_every_known_step_size_is_certified(kind: type[Optimizer]) -> None:
     check_step_size(builder(kind))
 
 
-@dataclasses.dataclass
-class Off:
+class Off(StepSize):
     """Another step size times a factor."""
 
-    other: Any
-    factor: float
+    def __init__(self, other: StepSize, factor: float) -> None:
+        self.other, self.factor = other, factor
 
-    def before(self, *args: Any) -> Any:
-        look = getattr(self.other, "before", None)
-        ask = None if look is None else look(*args)
-        return None if ask is None else lambda: self.factor * ask()
+    def before_update(self, *args: Any) -> Any:
+        deferred = self.other.before_update(*args)
+        return None if deferred is None else lambda state: self.factor * deferred(state)
+
+    def after_update(self, *args: Any) -> None:
+        self.other.after_update(*args)
 
     def __call__(self, *args: Any) -> Any:
         return self.factor * self.other(*args)
@@ -70,7 +70,7 @@ def test_a_response_that_is_exact_in_the_limit_may_settle() -> None:
     def build(params: list[nn.Parameter]) -> Optimizer:
         return SGD(params, lr=0.1, momentum=0.5)
 
-    def limit(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> float:
+    def limit(group: dict[str, Any], state: dict[str, Any], parameter: Tensor) -> float:
         return group["lr"] / (1 - group["momentum"])
 
     check_step_size(build, limit, steps=50, settle=40)
@@ -92,7 +92,7 @@ class Lion(Optimizer):
 
 
 def test_a_third_party_certifies_its_own() -> None:
-    check_step_size(lambda params: Lion(params, lr=0.1), lambda optimizer, group, parameter: group["lr"] / 2)
+    check_step_size(lambda params: Lion(params, lr=0.1), lambda group, state, parameter: group["lr"] / 2)
     with pytest.raises(AssertionError, match=r"at gradient 0.0001 the optimizer moved by 0.05·gradient"):
         check_step_size(lambda params: Lion(params, lr=0.1), learning_rate)
 
@@ -107,9 +107,9 @@ def test_an_optimizer_without_a_learning_rate_is_certified_too() -> None:
                 if parameter.grad is not None:
                     parameter.data.sub_(parameter.grad)
 
-    check_step_size(Unit, lambda optimizer, group, parameter: 1.0)
+    check_step_size(Unit, lambda group, state, parameter: 1.0)
     with pytest.raises(AssertionError, match=r"moved by 1·gradient, and the step is 0\.5"):
-        check_step_size(Unit, lambda optimizer, group, parameter: 0.5)
+        check_step_size(Unit, lambda group, state, parameter: 0.5)
 
 
 # ---------------------------------------------------------------------- penalties
@@ -261,7 +261,7 @@ def test_a_step_that_loses_count_while_the_strength_is_zero_is_not_certified() -
         def __init__(self) -> None:
             self.t = 0
 
-        def __call__(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> float:
+        def __call__(self, group: dict[str, Any], state: dict[str, Any], parameter: Tensor) -> float:
             self.t += 1
             return group["lr"] * (1 - 0.5**self.t) / 0.5
 

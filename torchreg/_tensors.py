@@ -14,6 +14,9 @@ from torchreg._checks import nonnegative
 Step = float | Tensor
 """A prox step: a number, or a tensor that broadcasts against the weights."""
 
+PIECE = 1 << 16
+"""The number of weights of a large parameter that a CPU handles at a time: what belongs to them fits in its caches."""
+
 
 # ---------------------------------------------------------------------- checks and precision
 

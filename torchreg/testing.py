@@ -39,8 +39,8 @@ def check_step_size(
     """Certifies that a step size is the unit response of an optimizer, so that one λ has one answer.
 
     Under constant gradients from 1e-4 to 1e3, displacement over gradient must equal the step size, at every step. This
-    must also hold when lr changes, and after steps at which the strength was 0 (see `follow` in `StepSize`). A weight
-    w ≠ 0 with the gradient −λ·sign(w) must not move, a zero with |gradient| < λ must stay zero, and a zero with
+    must also hold when lr changes, and after steps at which the strength was 0 (see `after_update` in `StepSize`). A
+    weight w ≠ 0 with the gradient −λ·sign(w) must not move, a zero with |gradient| < λ must stay zero, and a zero with
     |gradient| > λ must leave. A parameter without a gradient must not move.
 
     Args:

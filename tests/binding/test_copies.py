@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import logging
 import pickle
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ from torch.optim import ASGD, SGD, Adadelta, Adafactor, Adam, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 import torchreg as tr
-from tests.models import MLP, Halved, Lazy, array, attachments_of, batch, l1, mlp, same, snapshot
+from tests.models import MLP, Halved, Lazy, array, batch, l1, mlp, same, snapshot
 
 L1 = 0.3
 
@@ -146,35 +145,17 @@ def scale_2(name: str, parameter: torch.Tensor) -> float:
     return 2.0
 
 
-def test_copied_alone_it_stays_with_its_model():
+@every_copy
+def test_copied_alone_it_brings_its_model(make):
     model = mlp()
     reg = tr.Regularizer(model, tr.L1(1.0))
-    other = copy.deepcopy(reg)
-    assert other.model is model
+    other = make(reg)
+    assert other.model is not model
     with torch.no_grad():
         model.fc1.weight.zero_()
-    assert other().item() == reg().item() == pytest.approx(l1(model.fc2.weight), rel=1e-6)
+    assert other().item() > reg().item() == pytest.approx(l1(model.fc2.weight), rel=1e-6)
     other["l1"].strength = 0.0
     assert reg["l1"].strength == 1.0
-
-
-def test_a_shallow_copy_stays_with_its_model_and_has_strengths_of_its_own():
-    own = trainer(HOOKED["Adam"])
-    other = copy.copy(own.reg)
-    assert other.model is own.model
-    assert not other().requires_grad
-    other["l1"].strength = 0.0
-    assert own.reg["l1"].strength == L1
-
-
-def test_pickled_alone_it_brings_its_model():
-    model = mlp()
-    other = pickled(tr.Regularizer(model, tr.L1(1.0)))
-    assert other.model is not model
-    assert other().item() == pytest.approx(l1(model.fc1.weight) + l1(model.fc2.weight), rel=1e-6)
-    other().backward()
-    assert other.model.fc1.weight.grad is not None
-    assert model.fc1.weight.grad is None
 
 
 @every_copy
@@ -388,6 +369,11 @@ def test_copied_after_a_step_that_broke_off_a_trainer_trains_on_exactly_as_the_o
     assert same(train(other), train(own))
 
 
+class Uncopied(tr.optim.ProxSGD):
+    def __deepcopy__(self, memo):
+        raise AssertionError("nobody asked for a copy of the optimizer, and of all that it holds")
+
+
 @every_copy
 @pytest.mark.parametrize("regularizer_first", [False, True])
 def test_two_optimizers_that_share_a_regularizer_are_copied_with_it(make, regularizer_first):
@@ -409,9 +395,9 @@ def test_two_optimizers_that_share_a_regularizer_are_copied_with_it(make, regula
     assert zeros(model) == 0
 
 
-@every_optimizer
+@every_swap_in
 @every_copy
-def test_copied_without_the_optimizer_the_copy_takes_the_loss_route(build, make):
+def test_copied_without_a_swap_in_the_copy_acts_through_the_loss(build, make):
     own = trainer(build)
     model, reg = make((own.model, own.reg))
     model.zero_grad()
@@ -420,45 +406,26 @@ def test_copied_without_the_optimizer_the_copy_takes_the_loss_route(build, make)
     assert not own.reg().requires_grad
 
 
-class Uncopied(SGD):
-    def __deepcopy__(self, memo):
-        raise AssertionError("nobody asked for a copy of the optimizer, and of all that it holds")
+@every_hooked
+@every_copy
+def test_a_copied_regularizer_brings_the_stock_optimizer_that_carries_it(build, make):
+    own = trainer(build)
+    model, reg = make((own.model, own.reg))
+    (carrier,) = {binding.carrier for binding in reg.bindings()}
+    other = SimpleNamespace(model=model, reg=reg, optimizer=carrier.optimizer)
+    assert other.optimizer is not own.optimizer
+    assert same(train(other), train(own))
+    reg.detach()
+    assert reg().requires_grad
+    assert not own.reg().requires_grad
 
 
-@pytest.mark.parametrize("with_model", [False, True])
-def test_a_copy_without_the_optimizer_does_not_copy_it_on_the_way(with_model, caplog):
+def test_a_copy_without_a_swap_in_does_not_copy_it_on_the_way():
     model = mlp()
     model.reg = tr.Regularizer(model, tr.L1(L1))
-    optimizer = Uncopied(model.parameters(), lr=0.1)
-    tr.optim.attach(optimizer, model.reg, step_size=tr.optim.learning_rate)
-    reg = copy.deepcopy(model).reg if with_model else copy.deepcopy(model.reg)
-    with caplog.at_level(logging.WARNING, "torchreg"):
-        assert reg().requires_grad == with_model
-    assert not caplog.records
-
-
-@every_optimizer
-def test_a_regularizer_copied_alone_knows_the_optimizer_of_its_model(build):
-    own = trainer(build)
-    other = copy.deepcopy(own.reg)
-    assert not other().requires_grad
-    assert "prox" in other.explain()
-    with pytest.raises(RuntimeError, match="already applies the prox"):
-        other.prox_(0.1)
-    twin = copied(own, copy.deepcopy, ("model", "reg", "optimizer"))
-    own.reg = other
-    assert same(train(own), train(twin))
-
-
-@every_optimizer
-def test_a_regularizer_copied_alone_learns_that_the_optimizer_was_detached(build):
-    own = trainer(build)
-    other = copy.deepcopy(own.reg)
-    (attachment,) = attachments_of(own.optimizer)
-    attachment.remove()
-    assert other().requires_grad
-    other.prox_(100.0)
-    assert zeros(own.model) == 45
+    optimizer = Uncopied(model.parameters(), lr=0.1, regularizer=model.reg)
+    assert copy.deepcopy(model).reg().requires_grad
+    assert optimizer.attachment.active
 
 
 # ---------------------------------------------------------------------- the optimizer alone
@@ -466,24 +433,15 @@ def test_a_regularizer_copied_alone_learns_that_the_optimizer_was_detached(build
 
 @every_swap_in
 @every_copy
-def test_a_copy_of_a_swap_in_alone_goes_on_with_the_strengths_of_that_moment(build, make):
+def test_a_copy_of_a_swap_in_alone_brings_its_regularizer_and_its_model(build, make):
     own = trainer(build)
-    other = make(own.optimizer)
-    before = snapshot(own.model)
-    twin = copied(own, copy.deepcopy, ("model", "reg", "optimizer"))
-    own.reg["l1"].strength = 1e6
-    own.reg.disable()
-    for optimizer in (other, twin.optimizer):
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                p.grad = torch.full_like(p, 1e-3)
-        optimizer.step()
-    assert same(before, snapshot(own.model))
-    own_order = [name for name, _ in own.model.named_parameters()]
-    moved = dict(zip(own_order, (p.detach() for p in other.param_groups[0]["params"]), strict=True))
-    assert same(moved, snapshot(twin.model))
-    assert other.regularizer is None
-    assert own.optimizer.regularizer is own.reg
+    optimizer = make(own.optimizer)
+    other = SimpleNamespace(model=optimizer.regularizer.model, reg=optimizer.regularizer, optimizer=optimizer)
+    assert other.model is not own.model
+    own.reg["l1"].factor = 0.0
+    assert other.reg["l1"].factor == 1.0
+    own.reg["l1"].factor = 1.0
+    assert same(train(other), train(own))
 
 
 @every_swap_in
@@ -582,15 +540,12 @@ def test_a_loss_copied_with_its_model_follows_the_copy_in_either_order():
     assert criterion(model(x), y).item() == value
 
 
-def test_a_loss_copied_alone_stays_with_the_model():
+def test_a_loss_copied_alone_brings_its_model():
     model = mlp()
     criterion = tr.RegularizedLoss(nn.MSELoss(), tr.Regularizer(model, tr.L1(1.0)))
     other = copy.deepcopy(criterion)
-    assert other.regularizer.model is model
+    assert other.regularizer.model is not model
     x, y = batch()
-    assert other(model(x), y).item() == criterion(model(x), y).item()
-    with torch.no_grad():
-        model.fc1.weight.zero_()
     assert other(model(x), y).item() == criterion(model(x), y).item()
 
 

@@ -262,4 +262,4 @@ def test_a_centered_variance_is_named():
     reg = tr.Regularizer(model, tr.L1(0.1))
     optimizer = torch.optim.RMSprop(model.parameters(), centered=True)
     tr.optim.attach(optimizer, reg)
-    assert "prox (RMSprop, whose centered variance fades at rest)" in reg.explain()
+    assert "prox (RMSprop; its centered variance vanishes at a stationary point)" in reg.explain()

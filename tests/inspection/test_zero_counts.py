@@ -259,7 +259,7 @@ def test_counting_leaves_the_model_as_it_was():
         (
             lambda: tr.sparsity(tr.Regularizer(mlp(), tr.L1(1.0)), "fc1.*"),
             ValueError,
-            "a regularizer has its selection",
+            "a regularizer already has a selection",
         ),
         (lambda: tr.sparsity(torch.zeros(3, 3)), TypeError, "nn.Module"),
         (lambda: tr.sparsity(Lazy()), (RuntimeError, ValueError), "forward"),

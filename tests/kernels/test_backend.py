@@ -28,6 +28,15 @@ def test_the_forced_backend_is_the_one_in_use(backend: str) -> None:
     assert tr.backends()["torch"].used
 
 
+def test_where_there_is_a_compiler_there_is_the_native_library() -> None:
+    """A kernel that does not compile is no build error, and every other test of it would skip."""
+    if os.environ.get("TORCHREG_BACKEND", "native") != "native" or os.environ.get("TORCHREG_PURE") == "1":
+        pytest.skip("another backend is asked for")
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        pytest.skip("no compiler here")
+    assert isinstance(native.load(), native.Library), native.load()
+
+
 def test_the_table_says_why_the_native_one_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_loaded", lambda: "not built: a C compiler was missing")
     monkeypatch.setattr(choice, "_choose", choice._choose.__wrapped__)
@@ -77,7 +86,7 @@ def test_with_a_gpu_the_table_says_what_else_triton_lacks(
 
         monkeypatch.setattr(cuda, "try_out", broken)
     else:
-        monkeypatch.setattr(backend.importlib.util, "find_spec", setting["find_spec"])
+        monkeypatch.setattr(choice.importlib.util, "find_spec", setting["find_spec"])
     monkeypatch.delenv("TORCHREG_BACKEND", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(choice, "_tried", choice._tried.__wrapped__)

@@ -19,8 +19,9 @@ from tests.backends import needs_native
 from tests.cases import same_bits
 from torchreg.kernels import native
 from torchreg.kernels.step_tables import FILLED_IN, AdamNumbers, SGDNumbers
-from torchreg.optim import proximal
 from torchreg.optim.executors import native as native_step
+from torchreg.optim.executors.native import NativeExecutor
+from torchreg.optim.executors.plain import Plain
 
 pytestmark = needs_native
 
@@ -91,7 +92,7 @@ class Served:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.by: list[str] = []
-        run, stock = proximal.OnePass.step, proximal._unhooked
+        run, plain = NativeExecutor.step, Plain.step
 
         @functools.wraps(run)
         def counted(*args: Any) -> bool:
@@ -99,12 +100,12 @@ class Served:
             self.by += ["native"] if done else []
             return done
 
-        def unhooked(kind: Any) -> Any:
+        def plainly(*args: Any) -> bool:
             self.by.append("stock")
-            return stock(kind)
+            return plain(*args)
 
-        monkeypatch.setattr(proximal.OnePass, "step", counted)
-        monkeypatch.setattr(proximal, "_unhooked", unhooked)
+        monkeypatch.setattr(NativeExecutor, "step", counted)
+        monkeypatch.setattr(Plain, "step", plainly)
 
 
 @pytest.fixture
@@ -513,8 +514,8 @@ def test_the_tables_are_as_wide_as_the_kernel_reads_them() -> None:
 def test_a_strength_that_moves_at_every_step_is_that_of_the_step(swap_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A schedule of λ writes numbers into the tables, and makes them anew only where more has changed."""
     made = []
-    before = native_step.OnePass._made
-    monkeypatch.setattr(native_step.OnePass, "_made", lambda self, *args: made.append(1) or before(self, *args))
+    before = NativeExecutor._build
+    monkeypatch.setattr(NativeExecutor, "_build", lambda self, *args: made.append(1) or before(self, *args))
     ends = []
     for backend in ("native", "torch"):
         monkeypatch.setenv("TORCHREG_BACKEND", backend)

@@ -29,8 +29,9 @@ from tests.kernels.test_steps import BOUND, MOMENTA, SETTINGS, give_gradients, s
 from tests.models import TORCH
 from torchreg.kernels import backend as choice
 from torchreg.kernels import l1l2
-from torchreg.optim import proximal
-from torchreg.optim.executors import gpu, native
+from torchreg.optim.executors import native
+from torchreg.optim.executors.plain import Plain
+from torchreg.optim.executors.triton import TritonExecutor
 from torchreg.penalties.coefficients import L1L2
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -76,19 +77,19 @@ def made(kind: Any, penalty: tr.Penalty, dtype: torch.dtype, of: Any = Weights, 
 def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which code took each step; Triton is forced."""
     by: list[str] = []
-    run, stock = gpu.OnDevice.step, proximal._unhooked
+    run, plain = TritonExecutor.step, Plain.step
 
     def counted(self: Any, *args: Any) -> bool:
         done = run(self, *args)
         by.extend(["triton"] if done else [])
         return done
 
-    def unhooked(kind: Any) -> Any:
+    def plainly(*args: Any) -> bool:
         by.append("stock")
-        return stock(kind)
+        return plain(*args)
 
-    monkeypatch.setattr(gpu.OnDevice, "step", counted)
-    monkeypatch.setattr(proximal, "_unhooked", unhooked)
+    monkeypatch.setattr(TritonExecutor, "step", counted)
+    monkeypatch.setattr(Plain, "step", plainly)
     monkeypatch.setenv("TORCHREG_BACKEND", "triton")
     return by
 
@@ -504,7 +505,7 @@ def test_a_captured_step_reads_memory_that_no_other_step_writes(
         return served[-1]
 
     assert [step(capturing, 0) for capturing in (True, False, True, False)] == ["stock", "triton", "triton", "triton"]
-    passes = optimizer._one_passes[1]
+    passes = optimizer._executors[1]
     [(rows, host)] = passes._captured[0].table._captured
     kept, gradients = host.clone(), [w.grad for w in model.parameters()]
     assert torch.equal(rows[: len(gradients) * 8], host[: len(gradients) * 8])

@@ -55,7 +55,7 @@ class Problem:
         return (self.loss() + self.reg()).item()
 
     def fista(self, **settings):
-        return tr.optim.FISTA(self.model.parameters(), self.reg, **settings)
+        return tr.optim.FISTA(self.model.parameters(), regularizer=self.reg, **settings)
 
     def solve(self, optimizer, limit=2000):
         """The number of steps until it has converged."""
@@ -139,7 +139,7 @@ def test_several_terms_scales_and_anchors_converge_too(penalty):
         scale=lambda name, w: 0.5,
     )
     frozen = model[2].weight.clone()
-    optimizer = tr.optim.FISTA(model[0].parameters(), reg, tol=1e-9)
+    optimizer = tr.optim.FISTA(model[0].parameters(), regularizer=reg, tol=1e-9)
 
     def closure():
         loss = F.cross_entropy(model[0](x), labels)
@@ -159,7 +159,7 @@ def test_complex_weights_converge_too():
     model = nn.Module()
     model.w = nn.Parameter(torch.randn(6, dtype=torch.complex128))
     reg = tr.Regularizer(model, tr.L1(0.5), include="w")
-    optimizer = tr.optim.FISTA(model.parameters(), reg, tol=1e-10)
+    optimizer = tr.optim.FISTA(model.parameters(), regularizer=reg, tol=1e-10)
 
     def loss():
         return 0.5 * (x @ model.w - y).abs().square().mean()
@@ -184,7 +184,7 @@ def test_it_solves_with_every_penalty(case):
     model = nn.Linear(10, 3, bias=False, dtype=torch.float64)
     anchor = {"weight": case.anchor(model.weight.detach())} if case.anchored else None
     reg = tr.Regularizer(model, case.penalty.scaled(0.1), toward=anchor)
-    optimizer = tr.optim.FISTA(model.parameters(), reg, tol=1e-7)
+    optimizer = tr.optim.FISTA(model.parameters(), regularizer=reg, tol=1e-7)
 
     def loss():
         return 0.5 * (model(x) - targets).square().sum(1).mean()
@@ -264,7 +264,7 @@ def test_its_stationarity_and_what_it_leaves_in_grad_are_those_of_the_weights():
     for _ in range(10):
         loss = optimizer.step(p.closure)
         assert loss.item() == p.loss().item()
-        assert optimizer.attachment.step_size(optimizer, group, p.model.weight) == group["step_size"]
+        assert optimizer.attachment.step_size(group, {}, p.model.weight) == group["step_size"]
         assert tr.stationarity(p.reg) == tr.stationarity(p.reg, p.loss)
         assert optimizer.stationarity == pytest.approx(tr.stationarity(p.reg).relative, rel=1e-12)
 
@@ -285,7 +285,7 @@ def test_a_loss_without_curvature_does_not_make_the_step_overflow(dtype, rtol):
     slope = 1e-3 * torch.randn(1, 50, dtype=dtype)
     model = nn.Linear(50, 1, bias=False, dtype=dtype)
     reg = tr.Regularizer(model, tr.L2(0.7))
-    optimizer = tr.optim.FISTA(model.parameters(), reg, tol=0.0)
+    optimizer = tr.optim.FISTA(model.parameters(), regularizer=reg, tol=0.0)
 
     def closure():
         loss = (slope * model.weight).sum()
@@ -329,15 +329,23 @@ def test_weights_that_were_changed_meanwhile_are_where_it_goes_on():
 # ---------------------------------------------------------------------- one route
 
 
-def test_it_is_the_prox_route_of_its_parameters():
+def test_it_is_the_carrier_of_its_parameters():
     p = problem(tr.L1(0.1), bias=True)
-    optimizer = p.fista()
+    first = p.fista()
     assert not p.reg().requires_grad
     assert "prox (FISTA)" in p.reg.explain()
-    with pytest.raises(ValueError, match=r"^weight already has its prox \(FISTA\), and twice is another penalty"):
+    second = p.fista()
+    with pytest.raises(RuntimeError, match="no longer carries the penalty of weight: a newer FISTA"):
+        first.step(p.closure)
+    second.step(p.closure)
+
+
+def test_what_it_refuses_leaves_the_carrier_of_before():
+    p = problem(tr.MCP(0.1), bias=True)
+    optimizer = tr.optim.ProxSGD(p.model.parameters(), lr=0.1, regularizer=p.reg)
+    with pytest.raises(ValueError, match="not convex"):
         p.fista()
-    del optimizer
-    assert p.reg().requires_grad
+    assert [binding.carrier for binding in p.reg.bindings()] == [optimizer.attachment]
 
 
 def test_a_closure_that_adds_the_penalty_is_harmless():
@@ -380,8 +388,8 @@ def test_partial_leaves_the_rest_to_another_optimizer():
     model = mlp()
     reg = tr.Regularizer(model, tr.L1(0.1))
     with pytest.raises(ValueError, match=r"^FISTA does not hold the selected fc1.weight; give it these parameters"):
-        tr.optim.FISTA(model.fc2.parameters(), reg)
-    head = tr.optim.FISTA(model.fc2.parameters(), reg, partial=True)
+        tr.optim.FISTA(model.fc2.parameters(), regularizer=reg)
+    head = tr.optim.FISTA(model.fc2.parameters(), regularizer=reg, partial=True)
     body = tr.optim.ProxSGD(model.fc1.parameters(), lr=0.1, regularizer=reg, partial=True)
     assert "prox (FISTA)" in reg.explain()
     assert "prox (ProxSGD)" in reg.explain()
@@ -582,16 +590,16 @@ def test_a_setting_that_cannot_serve_is_refused(settings: dict[str, Any], error,
     with pytest.raises(error, match=message):
         p.fista(**settings)
     with pytest.raises(error, match=message):
-        tr.optim.FISTA([{"params": p.model.parameters(), **settings}], p.reg)
+        tr.optim.FISTA([{"params": p.model.parameters(), **settings}], regularizer=p.reg)
     assert p.reg().requires_grad
 
 
 def test_several_groups_are_refused():
     p = problem(tr.L1(0.1), bias=True)
     with pytest.raises(ValueError, match=r"^FISTA has one step for all parameters, so it takes one group; join them"):
-        tr.optim.FISTA([{"params": [p.model.weight]}, {"params": [p.model.bias]}], p.reg)
+        tr.optim.FISTA([{"params": [p.model.weight]}, {"params": [p.model.bias]}], regularizer=p.reg)
     assert p.reg().requires_grad
-    optimizer = tr.optim.FISTA([{"params": [p.model.weight]}], p.reg)
+    optimizer = tr.optim.FISTA([{"params": [p.model.weight]}], regularizer=p.reg)
     with pytest.raises(ValueError, match=r"^FISTA has one step for all parameters"):
         optimizer.add_param_group({"params": [p.model.bias]})
     assert len(optimizer.param_groups) == 1
@@ -600,7 +608,7 @@ def test_several_groups_are_refused():
 def test_lazy_modules_may_get_their_shape_later():
     model = Lazy()
     reg = tr.Regularizer(model, tr.L1(0.01))
-    optimizer = tr.optim.FISTA(model.parameters(), reg)
+    optimizer = tr.optim.FISTA(model.parameters(), regularizer=reg)
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
     model(x)
 
@@ -615,7 +623,7 @@ def test_lazy_modules_may_get_their_shape_later():
 
 def test_its_signature_is_its_own():
     names = list(inspect.signature(tr.optim.FISTA).parameters)
-    assert names == ["params", "regularizer", "lr", "tol", "partial"]
+    assert names == ["params", "lr", "tol", "regularizer", "partial"]
     assert np.isinf(problem(tr.L1(0.1)).fista().stationarity)
 
 
@@ -624,7 +632,7 @@ def test_by_default_it_stops_at_what_the_precision_of_the_weights_can_reach(dtyp
     x, y = diabetes()
     x, y = x.to(dtype), (y / y.std()).to(dtype)
     model = nn.Linear(10, 1, bias=False, dtype=dtype)
-    optimizer = tr.optim.FISTA(model.parameters(), tr.Regularizer(model, tr.L1(0.1)))
+    optimizer = tr.optim.FISTA(model.parameters(), regularizer=tr.Regularizer(model, tr.L1(0.1)))
 
     def closure():
         loss = (model(x)[:, 0] - y).square().mean() / 2
@@ -643,7 +651,7 @@ def test_by_default_it_stops_at_what_the_precision_of_the_weights_can_reach(dtyp
 def test_a_checkpoint_of_another_optimizer_starts_the_line_search_anew(tol):
     model = nn.Linear(3, 1, bias=False, dtype=torch.float64)
     stock = torch.optim.SGD(model.parameters(), lr=0.5)
-    optimizer = tr.optim.FISTA(model.parameters(), tr.Regularizer(model, tr.L1(0.1)), tol=tol)
+    optimizer = tr.optim.FISTA(model.parameters(), regularizer=tr.Regularizer(model, tr.L1(0.1)), tol=tol)
     optimizer.load_state_dict(stock.state_dict())
 
     def closure():

@@ -13,7 +13,7 @@ from torch.optim import ASGD, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, A
 
 import torchreg as tr
 from tests.models import Reads
-from torchreg.optim import step_sizes
+from torchreg.optim import StepSize, step_sizes
 
 SWAP_INS: dict[type[Optimizer], Callable[..., Optimizer]] = {
     SGD: tr.optim.ProxSGD,
@@ -468,7 +468,7 @@ def test_with_counters_on_the_device_the_step_is_the_same_and_nobody_reads_them(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = probed(case, "attached", GRADIENT)
-    monkeypatch.setattr(step_sizes, "_number", lambda value: value)  # a number would be read off the device
+    monkeypatch.setattr(step_sizes, "as_number", lambda value: value)  # a number would be read off the device
     model = layer(GRADIENT.numel())
     stock = case.stock(model.parameters(), **case.settings)
     step_size = step_sizes.STOCK[case.stock]
@@ -478,29 +478,33 @@ def test_with_counters_on_the_device_the_step_is_the_same_and_nobody_reads_them(
         model.weight.detach().zero_()
         model.weight.grad = GRADIENT.clone()
         with Reads() as reads:
-            ask = step_size.before(stock, group, model.weight) if hasattr(step_size, "before") else None
+            deferred = step_size.before_update(group, stock.state.get(model.weight, {}), model.weight)
         stock.step()
         with reads:
-            step = ask() if ask else step_size(stock, group, model.weight)
+            state = stock.state.get(model.weight, {})
+            step_size.after_update(group, state, model.weight)
+            step = step_size(group, state, model.weight) if deferred is None else deferred(state)
         assert reads.count == 0
         found = torch.as_tensor(step, dtype=torch.float64).expand(GRADIENT.shape)
         # In float32, which the counters are kept in.
         torch.testing.assert_close(found, expected[t], rtol=1e-4, atol=0)
 
 
-@dataclass
-class Counting:
-    """Another step size, and how often it was asked."""
+class Counting(StepSize):
+    """Another step size, and how often it was asked for a step."""
 
-    other: Any
-    asked: int = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.other, name)
+    def __init__(self, other: StepSize) -> None:
+        self.other, self.asked = other, 0
 
     def __call__(self, *args: Any) -> Any:
         self.asked += 1
         return self.other(*args)
+
+    def before_update(self, *args: Any) -> Any:
+        return self.other.before_update(*args)
+
+    def after_update(self, *args: Any) -> None:
+        self.other.after_update(*args)
 
 
 @pytest.mark.parametrize("name", ["sgd, cycled momentum", "adam, cycled betas", "radam, cycled", "adadelta"])
@@ -519,7 +523,7 @@ def test_at_strength_0_a_step_builds_up_the_momentum_and_computes_nothing_else(n
             optimizer.step()
         found.append(steps[-1])
     assert len(steps) == 2
-    assert step_size.asked <= 2, "or fewer: a function that `before` returned was asked in its stead"
+    assert step_size.asked <= 2, "or fewer: a function that `before_update` returned was asked instead"
     assert torch.equal(*found)
 
 
@@ -527,7 +531,7 @@ def test_learning_rate_is_the_group_s_own() -> None:
     model = nn.ModuleList([layer(2), layer(2)])
     optimizer = Adam([{"params": model[0].parameters()}, {"params": model[1].parameters(), "lr": f64(0.3)}], lr=0.1)
     groups = optimizer.param_groups
-    found = [tr.optim.learning_rate(optimizer, group, group["params"][0]) for group in groups]
+    found = [tr.optim.learning_rate(group, {}, group["params"][0]) for group in groups]
     assert found == pytest.approx([0.1, 0.3])
 
 
@@ -535,4 +539,4 @@ def test_the_first_step_of_asgd_is_a_number_whatever_the_default_device_is() -> 
     parameter = nn.Parameter(torch.ones(2))
     optimizer = ASGD([parameter], lr=0.5)
     with torch.device("meta"):
-        assert step_sizes.STOCK[ASGD](optimizer, optimizer.param_groups[0], parameter) == 0.5
+        assert step_sizes.STOCK[ASGD](optimizer.param_groups[0], {}, parameter) == 0.5

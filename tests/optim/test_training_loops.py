@@ -23,7 +23,7 @@ from tests.models import MLP, array, batch, mlp, same, snapshot
 
 def with_prox(kind: Any, params: Any, reg: tr.Regularizer, **settings: Any) -> Optimizer:
     """A swap-in, or a stock optimizer with the prox attached."""
-    if issubclass(kind, tr.optim.swap_ins.Proximal):
+    if issubclass(kind, tr.optim.proximal.Proximal):
         return kind(params, regularizer=reg, **settings)
     optimizer = kind(params, **settings)
     tr.optim.attach(optimizer, reg)

@@ -316,7 +316,7 @@ BROKEN = [
     (EarlyJump(0.3), "prox is not the argmin"),
     (StaysAtTheRoot(0.3), "prox is not the argmin"),
     (OffSlope(0.3), "is not the one nearest"),
-    (Secant(tr.MCP(0.3)), "is no tangent from above|has other subgradients"),
+    (Secant(tr.MCP(0.3)), "is not a tangent from above|has other subgradients"),
 ]
 
 

@@ -172,10 +172,10 @@ def test_stationarity_is_the_distance_to_the_critical_points(critical: dict[str,
 def test_the_duality_gap_is_refused_with_the_reason() -> None:
     model = nn.Linear(3, 1)
     reg = tr.Regularizer(model, tr.Reweighted(tr.MCP(0.1)))
-    with pytest.raises(ValueError, match="is not convex, so that no dual bounds its minimum; use stationarity"):
+    with pytest.raises(ValueError, match="is not convex, so there is no dual bound; use stationarity"):
         tr.duality_gap(reg, lambda: model(torch.ones(1, 3)).square().sum())
     with pytest.raises(ValueError, match="is not convex: momentum and the line search need that it is; use ProxSGD"):
-        tr.optim.FISTA(model.parameters(), reg)
+        tr.optim.FISTA(model.parameters(), regularizer=reg)
 
 
 # ---------------------------------------------------------------------- the tangent is that of the step's start

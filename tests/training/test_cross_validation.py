@@ -38,7 +38,7 @@ class Diabetes:
         x, y = self.x[rows], self.y[rows]
 
         def fit(model, reg):
-            optimizer = tr.optim.FISTA(model.parameters(), reg, tol=1e-7)
+            optimizer = tr.optim.FISTA(model.parameters(), regularizer=reg, tol=1e-7)
 
             def closure():
                 loss = 0.5 * F.mse_loss(model(x), y)

@@ -53,7 +53,7 @@ class Problem:
 
     def fit(self, model, reg):
         self.fits += 1
-        solve(tr.optim.FISTA(model.parameters(), reg, tol=1e-8), self.loss)
+        solve(tr.optim.FISTA(model.parameters(), regularizer=reg, tol=1e-8), self.loss)
 
 
 def small(seed=0):
@@ -155,7 +155,7 @@ def test_warm_starts_save_steps():
             nonlocal count
             if not warm:
                 nn.init.zeros_(model.weight)
-            count += solve(tr.optim.FISTA(model.parameters(), reg, tol=1e-4), problem.loss)
+            count += solve(tr.optim.FISTA(model.parameters(), regularizer=reg, tol=1e-4), problem.loss)
 
         tr.path(problem.reg, counted, lambdas=tr.lambda_grid(problem.reg, counted, problem.loss, n=12, ratio=0.02))
         return count
@@ -205,7 +205,7 @@ def test_the_largest_lambda_is_the_first_at_which_nothing_is_left():
     reg = tr.Regularizer(model, tr.L1(1.0))
 
     def fit(model, reg):
-        solve(tr.optim.FISTA(model.parameters(), reg, tol=1e-9), lambda: F.cross_entropy(model(x), target))
+        solve(tr.optim.FISTA(model.parameters(), regularizer=reg, tol=1e-9), lambda: F.cross_entropy(model(x), target))
 
     (largest,) = tr.lambda_grid(reg, fit, lambda: F.cross_entropy(model(x), target), n=1)
     walked = tr.path(reg, fit, lambdas=[largest * (1 + 1e-6), largest * (1 - 1e-3)])
@@ -538,16 +538,20 @@ def test_a_network_walked_up_loses_its_weights_little_by_little():
 
 
 REFUSALS = {
-    "no regularizer": (lambda reg, fit: tr.path(reg.model, fit, lambdas=[1]), TypeError, "reg is a Linear; build one"),
+    "no regularizer": (
+        lambda reg, fit: tr.path(reg.model, fit, lambdas=[1]),
+        TypeError,
+        "regularizer is a Linear; build one",
+    ),
     "a grid of a model": (
         lambda reg, fit: tr.lambda_grid(reg.model, fit, reg),
         TypeError,
-        "reg is a Linear; build one",
+        "regularizer is a Linear; build one",
     ),
     "folds of a model": (
         lambda reg, fit: tr.cross_validate(reg.model, [], [1]),
         TypeError,
-        "reg is a Linear; build one",
+        "regularizer is a Linear; build one",
     ),
     "no fit": (lambda reg, fit: tr.path(reg, None, lambdas=[1]), TypeError, "fit is a NoneType, which cannot be"),
     "a loss for a closure": (lambda reg, fit: tr.path(reg, fit, reg()), TypeError, "closure is a Tensor, which cannot"),
@@ -592,7 +596,7 @@ def test_a_regularizer_that_does_nothing_has_no_path():
     with pytest.raises(ValueError, match=r"every strength of .* is 0, .* write L1\(1.0\)"):
         tr.path(zero, lambda *_: None, lambdas=[1])
     disabled = tr.Regularizer(nn.Linear(3, 1), tr.L1(1.0))
-    with disabled.disabled(), pytest.raises(ValueError, match=r"reg is disabled, .* call reg\.enable"):
+    with disabled.disabled(), pytest.raises(ValueError, match=r"regularizer is disabled, .* call reg\.enable"):
         tr.path(disabled, lambda *_: None, lambdas=[1])
 
 
@@ -601,7 +605,11 @@ def test_a_regularizer_that_does_nothing_has_no_path():
     [
         (tr.L1(1.0), [2, 1, 0.5], "lambdas does not begin with the 2 λ that into has walked already, 3 to 2; append"),
         (tr.L2(1.0), [3, 2, 1], "into was walked with strengths in the proportions"),
-        ({"0.weight": tr.L1(1.0)}, [3, 2, 1], "into is a path of 0.weight, 2.weight, and reg selects 0.weight; pass"),
+        (
+            {"0.weight": tr.L1(1.0)},
+            [3, 2, 1],
+            "into is a path of 0.weight, 2.weight, and regularizer selects 0.weight",
+        ),
     ],
 )
 def test_a_path_does_not_go_on_as_another(penalty, lambdas, message):

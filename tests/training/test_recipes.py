@@ -31,7 +31,8 @@ def test_l1_then_l0_leaves_few_weights_that_know_all():
         zeros.append(tr.sparsity(reg).zeros)
         small.append(int((model[0].weight.norm(dim=1) < 0.1).sum()))
 
-    recipe.stages(l0).run(fit)
+    for stage in recipe.stages(l0):
+        fit(l0.model, l0, stage)
     assert seen == [1.0] * 640 + [0.3] * 800 + [0.0] * 240
     assert zeros[0] == 0 < zeros[1] == zeros[2]
     assert zeros[2] > 0.9 * 5500

@@ -18,7 +18,7 @@ from torch.optim import lr_scheduler
 import torchreg as tr
 from tests.backends import needs_native
 from tests.models import batch, mlp, same, snapshot
-from torchreg.optim.executors import native
+from torchreg.optim.executors.native import NativeExecutor
 from torchreg.training.schedules import (
     Chain,
     Constant,
@@ -119,7 +119,7 @@ def test_a_chain_holds_the_first_curve_and_hands_over_at_its_end():
         (lambda: Steps(1, [5, 6]), TypeError, "is no dict; pass the value from each step on"),
         (lambda: Constant(1, steps=True), TypeError, "steps=True is a bool"),
         (lambda: Chain(), ValueError, "a chain of no curves has no value"),
-        (lambda: Chain(Linear(0, 1, 2), 1.0), TypeError, "1.0 is no curve"),
+        (lambda: Chain(Linear(0, 1, 2), 1.0), TypeError, "1.0 is not a curve"),
         (lambda: Chain(Constant(1), Linear(1, 0, 2)), ValueError, "has no end, so nothing can follow it"),
         (lambda: Chain(Exponential(1, 0, 5), Constant(1)), ValueError, "has no end"),
     ],
@@ -179,10 +179,10 @@ def test_terms_have_curves_of_their_own_and_others_are_left_alone():
 @pytest.mark.parametrize(
     ("curve", "error", "message"),
     [
-        (0.5, TypeError, "0.5 is no curve"),
+        (0.5, TypeError, "0.5 is not a curve"),
         ({}, ValueError, "names no term"),
         ({"fc3.weight": Linear(0, 1, 2)}, ValueError, "no term 'fc3.weight' to schedule; the terms are"),
-        ({"fc1.weight": Linear(0, 1, 2), "fc2.weight": 1.0}, TypeError, "1.0 is no curve"),
+        ({"fc1.weight": Linear(0, 1, 2), "fc2.weight": 1.0}, TypeError, "1.0 is not a curve"),
         ({"fc1.weight": Linear(0, 1, 2), "fc2.weight": lambda step: -1.0}, ValueError, r"\(0\)=-1.0 must be finite"),
         (lambda step: None, TypeError, "is a NoneType, not a number"),
     ],
@@ -269,8 +269,8 @@ def test_a_compiled_loss_does_not_recompile_when_the_factor_moves():
 @pytest.mark.parametrize("kind", [tr.optim.ProxSGD, tr.optim.ProxAdam, tr.optim.ProxAdamW])
 def test_the_native_step_keeps_its_tables_while_the_factor_moves(kind, monkeypatch):
     made = []
-    before = native.OnePass._made
-    monkeypatch.setattr(native.OnePass, "_made", lambda self, *args: made.append(1) or before(self, *args))
+    before = NativeExecutor._build
+    monkeypatch.setattr(NativeExecutor, "_build", lambda self, *args: made.append(1) or before(self, *args))
     model, _, optimizer, schedule = parts(Linear(0.1, 1, 20), kind)
     train(model, optimizer, schedule, 3)
     settled = len(made)

@@ -139,7 +139,7 @@ def test_strange_weights_give_numbers_all_the_same():
             self.small = nn.Parameter(torch.full((300, 300), 0.5, dtype=torch.float16))
 
     reg = tr.Regularizer(Strange(), tr.L1(1.0), include=list(dict(Strange().named_parameters())))
-    with pytest.warns(UserWarning, match="wild has 2 NaN or infinite entries of 4, .*; go back to a checkpoint"):
+    with pytest.warns(UserWarning, match="wild has 2 NaN or infinite entries of 4, .*; go back to an earlier check"):
         found = tr.measure(reg)
     assert found == pytest.approx(tr.measure(reg), nan_ok=True)  # and says it no second time
     assert found["sparsity/empty"] == found["weight_norm_l1/empty"] == found["weight_group_norm/empty.p50"] == 0
@@ -258,12 +258,8 @@ def test_the_threshold_is_lambda_times_the_step_that_was_taken(kind, settings):
         optimizer.step()
         before, found = copy.deepcopy(optimizer.state_dict()), tr.measure(reg)["threshold/fc1.weight"]
         assert str(optimizer.state_dict()) == str(before)
-    if kind is SGD and settings.get("momentum"):  # its momentum is seen one step on
-        optimizer.step()
     taken = penalty.steps[-1]
     taken = ranked(array(taken), 0.5) if isinstance(taken, torch.Tensor) else taken
-    if kind is torch.optim.RMSprop and settings.get("momentum"):  # likewise: 1 + 0.9 + 0.9² ...
-        taken *= (1 - 0.9**6) / (1 - 0.9**5)
     # What stands in the numerators of these two has moved on.
     tolerance = {torch.optim.Adadelta: 0.2, torch.optim.Adafactor: 0.01}.get(kind, 1e-6)
     assert found == pytest.approx(0.02 * taken, rel=tolerance)
@@ -278,7 +274,7 @@ def test_the_threshold_of_a_large_weight_is_of_a_sample():
     optimizer = tr.optim.ProxAdam(model.parameters(), lr=1e-3, regularizer=reg)
     (model(torch.randn(64, 300) * torch.linspace(0.1, 3, 300)).square().mean()).backward()
     optimizer.step()
-    (step,) = reg._routes[0][0]().present_steps().values()
+    (step,) = reg.bindings()[0].carrier.sampled_steps().values()
     assert 900 < step.numel() < 1100
     v = array(optimizer.state[model.weight]["exp_avg_sq"]) / (1 - 0.999)
     assert tr.measure(reg)["threshold/weight"] == pytest.approx(0.1 * np.median(1e-3 / (np.sqrt(v) + 1e-8)), rel=0.05)
@@ -311,24 +307,21 @@ def test_the_threshold_is_where_the_prox_begins_to_leave_weights_alone(penalty, 
             assert bool(penalty.prox(w, 0.5).any()) == survives
 
 
-def test_a_step_size_of_ones_own_is_asked_unless_it_follows_the_state():
-    class Following:
-        calls = 0
+def test_a_step_size_of_ones_own_is_asked():
+    class Tracking(tr.optim.StepSize):
+        def after_update(self, group, state, parameter, skipped=None):
+            state["updates"] = state.get("updates", 0) + 1
 
-        def before(self, optimizer, group, parameter):
-            return None
+        def __call__(self, group, state, parameter):
+            return group["lr"] * state["updates"]
 
-        def __call__(self, optimizer, group, parameter):
-            self.calls += 1
-            return group["lr"]
-
-    def half(optimizer, group, parameter):
-        return group["lr"] / 2 * optimizer.state[parameter]["momentum_buffer"].isfinite().float()
+    def half(group, state, parameter):
+        return group["lr"] / 2 * state["momentum_buffer"].isfinite().float()
 
     for step_size, momentum, expected in (
         (tr.optim.learning_rate, 0.0, 0.05),
         (half, 0.9, 0.025),
-        (Following(), 0.9, 0.0),
+        (Tracking(), 0.9, 0.05),
     ):
         model = mlp()
         reg = tr.Regularizer(model, tr.L1(0.1))
@@ -337,9 +330,8 @@ def test_a_step_size_of_ones_own_is_asked_unless_it_follows_the_state():
         assert tr.measure(reg)["threshold/fc1.weight"] == (0.05 if momentum == 0 else 0)
         model(batch()[0]).sum().backward()
         optimizer.step()
-        calls = getattr(step_size, "calls", 0)
-        assert tr.measure(reg)["threshold/fc1.weight"] == pytest.approx(expected)
-        assert getattr(step_size, "calls", 0) == calls
+        for _ in range(2):
+            assert tr.measure(reg)["threshold/fc1.weight"] == pytest.approx(expected)
 
 
 # ---------------------------------------------------------------------- looking is free
@@ -366,7 +358,7 @@ def test_a_training_that_is_measured_is_bit_for_bit_the_one_that_is_not(kind: ty
 
 
 def test_a_deep_network_is_read_as_often_as_a_shallow_one(monkeypatch):
-    monkeypatch.setattr(reading, "_waits", lambda device: True)  # as a CPU does not
+    monkeypatch.setattr(reading, "synchronizes", lambda device: True)  # as a CPU does not
     counts = []
     for depth in (2, 30):
         reg = tr.Regularizer(nn.Sequential(*(nn.Linear(3, 3) for _ in range(depth))), tr.L1(0.1))
@@ -382,7 +374,7 @@ def test_what_is_fetched_at_once_is_what_each_tensor_holds(monkeypatch):
     for more in ([], [torch.tensor([0.1, 1e300], dtype=torch.float64)], [torch.tensor(2.5, dtype=torch.bfloat16)]):
         every = [*tensors, *more, torch.zeros(0), torch.zeros(0, dtype=torch.long)]
         plain, _ = reading.read(every)
-        monkeypatch.setattr(reading, "_waits", lambda device: True)
+        monkeypatch.setattr(reading, "synchronizes", lambda device: True)
         fetched, _ = reading.read(every)
         monkeypatch.undo()
         assert str(fetched) == str(plain)
@@ -400,7 +392,7 @@ def test_a_certificate_stands_among_the_numbers():
     found = tr.measure(reg, stationarity=certificate)
     assert found["stationarity/total"] == certificate.total
     assert found["stationarity/relative"] == certificate.relative
-    assert found["stationarity/rest"] == certificate.rest
+    assert found["stationarity/unpenalized"] == certificate.unpenalized
     assert found["stationarity/term.fc1_"] == certificate.by_term["fc1*"]
 
 

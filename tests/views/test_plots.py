@@ -29,6 +29,9 @@ import torchreg as tr
 from tests.inspection.test_zero_counts import LAYERS, dense, prune
 from tests.models import Reads, array
 from torchreg.views import plots
+from torchreg.views.plots import style
+from torchreg.views.plots.layers import without_common_parts
+from torchreg.views.weight_maps import input_strengths, mask_pixels
 
 
 def png(figure: Figure) -> bytes:
@@ -137,8 +140,8 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
 def test_a_part_of_ones_own_page_takes_every_figure(name, monkeypatch):
     page = Figure(figsize=(9, 3), layout="constrained")
     left, right = page.subfigures(1, 2)
-    own = plots._canvas
-    monkeypatch.setattr(plots, "_canvas", lambda figure, width, height: own(right, width, height))
+    canvas = style.canvas
+    monkeypatch.setattr(style, "canvas", lambda figure, width, height: canvas(right, width, height))
     assert FIGURES[name]() is page
     assert right.axes
     assert not left.axes
@@ -173,7 +176,7 @@ def lightness(colour: str) -> float:
 
 
 def test_neighbouring_series_differ_in_lightness_and_in_style():
-    styles = list(itertools.islice(plots._styles(), 28))
+    styles = list(itertools.islice(style.styles(), 28))
     for one, other in itertools.pairwise(styles):
         assert abs(lightness(one["color"]) - lightness(other["color"])) > 12
         assert one["linestyle"] != other["linestyle"]
@@ -188,7 +191,7 @@ def test_labels_are_as_near_to_their_lines_as_isotonic_regression_allows(seed):
     gap, low, high = 0.5, -1.5, 2.5
     offsets = gap * np.arange(7)
     nearest = isotonic_regression(places - offsets, y_min=low, y_max=high - offsets[-1]) + offsets
-    np.testing.assert_allclose(plots._apart(places.tolist(), gap, low, high), nearest)
+    np.testing.assert_allclose(style.spread_apart(places.tolist(), gap, low, high), nearest)
 
 
 def test_the_labels_of_lines_that_end_alike_do_not_overlap():
@@ -203,10 +206,10 @@ def test_the_labels_of_lines_that_end_alike_do_not_overlap():
 
 def test_names_are_shown_without_what_they_share():
     names = [f"model.layers.{i}.attn.weight" for i in range(9)]
-    assert plots._without_common(names) == ("model.layers.*.attn.weight", list("012345678"))
-    assert plots._without_common(["a", "b"]) == ("layer", ["a", "b"])
+    assert without_common_parts(names) == ("model.layers.*.attn.weight", list("012345678"))
+    assert without_common_parts(["a", "b"]) == ("layer", ["a", "b"])
     for names in (["a.weight", "a.b.weight"], ["x.a.x", "x.x"], ["a.b.c.d", "a.e.d"]):
-        pattern, left = plots._without_common(names)
+        pattern, left = without_common_parts(names)
         assert [pattern.replace("*", own) for own in left] == names
         assert all(left)
 
@@ -500,7 +503,7 @@ def test_the_strength_of_an_input_is_the_norm_of_all_that_reads_it(make):
     if layer.weight.dim() < 2:
         pytest.skip("no inputs")
     sparse(layer.weight)
-    strengths = plots.input_strengths(tr.select(layer, "weight")[0])
+    strengths = input_strengths(tr.select(layer, "weight")[0])
     expected = np.linalg.norm(np.moveaxis(dense(layer), 1, 0).reshape(len(strengths), -1), axis=1)
     np.testing.assert_allclose(strengths.numpy(), expected, rtol=1e-6)
     np.testing.assert_array_equal(strengths.numpy() == 0, expected == 0)
@@ -513,24 +516,24 @@ def entry(weight: Tensor) -> tr.ParameterRef:
 
 
 def test_a_live_input_is_never_dead_however_small_its_weights():
-    strengths = plots.input_strengths(entry(torch.tensor([[3e-30, 0.0, 3e30], [4e-30, 0.0, 4e30]])))
+    strengths = input_strengths(entry(torch.tensor([[3e-30, 0.0, 3e30], [4e-30, 0.0, 4e30]])))
     torch.testing.assert_close(strengths, torch.tensor([5e-30, 0.0, 5e30]), rtol=1e-6, atol=0)
 
 
 def test_input_strengths_and_mask_pixels_read_nothing():
     own = entry(torch.randn(300, 20))
     with Reads() as reads:
-        plots.input_strengths(own)
-        plots.mask_pixels(own)
+        input_strengths(own)
+        mask_pixels(own)
     assert reads.count == 0
 
 
 def test_complex_and_half_precision_inputs_have_a_norm():
-    assert plots.input_strengths(entry(torch.tensor([[3 + 0j, 0j], [4j, 0j]]))).tolist() == [5, 0]
-    assert plots.input_strengths(entry(torch.full((300, 1), 200.0, dtype=torch.float16))).item() == pytest.approx(
+    assert input_strengths(entry(torch.tensor([[3 + 0j, 0j], [4j, 0j]]))).tolist() == [5, 0]
+    assert input_strengths(entry(torch.full((300, 1), 200.0, dtype=torch.float16))).item() == pytest.approx(
         200 * math.sqrt(300)
     )
-    assert plots.input_strengths(entry(torch.zeros(0, 3))).tolist() == [0, 0, 0]
+    assert input_strengths(entry(torch.zeros(0, 3))).tolist() == [0, 0, 0]
 
 
 def test_784_inputs_are_an_image_with_the_dead_ones_masked():
@@ -601,7 +604,7 @@ def test_the_first_weight_is_the_first_with_inputs_or_the_one_named():
 @pytest.mark.parametrize("shape", [(5, 7), (300, 784), (256, 256), (257, 3), (1, 1000)])
 def test_a_pixel_is_the_share_of_nonzeros_in_its_block(shape):
     weight = sparse(torch.randn(shape))
-    pixels = plots.mask_pixels(entry(weight)).numpy()
+    pixels = mask_pixels(entry(weight)).numpy()
     alive = array(weight) != 0
     steps = [-(-length // 256) for length in shape]
     expected = [
@@ -616,7 +619,7 @@ def test_a_pixel_is_the_share_of_nonzeros_in_its_block(shape):
 def test_filters_are_rows_and_inputs_by_kernel_columns(make):
     layer = make()
     sparse(layer.weight)
-    rows = plots.mask_pixels(tr.select(layer, "weight")[0]).numpy()
+    rows = mask_pixels(tr.select(layer, "weight")[0]).numpy()
     if layer.weight.dim() < 2:
         np.testing.assert_array_equal(rows[:, 0], array(layer.weight) != 0)
         return
@@ -673,13 +676,16 @@ REFUSED = {
     ),
     "a path without scores": (
         lambda: plots.frontier({"L1": tr.path(tr.Regularizer(nn.Linear(2, 1), tr.L1(1.0)), print, lambdas=[1])}),
-        r"results\['L1'\] is a path without scores; walk it with path",
+        r"results\['L1'\] is a path without scores; make it with path",
     ),
-    "no path": (lambda: plots.regularization_path([], []), r"lambdas has shape \(0,\), where 1 dimensions"),
-    "flat weights": (lambda: plots.regularization_path([1.0], [1.0]), r"weights has shape \(1,\), where 2 dimensions"),
+    "no path": (lambda: plots.regularization_path([], []), r"lambdas has shape \(0,\), but it needs 1 dimensions"),
+    "flat weights": (
+        lambda: plots.regularization_path([1.0], [1.0]),
+        r"weights has shape \(1,\), but it needs 2 dimensions",
+    ),
     "λ = 0": (lambda: plots.regularization_path([1.0, 0.0], [[1.0], [2.0]]), "the entry 0, .* logarithmic axis; leave"),
     "NaN": (lambda: plots.regularization_path([1.0], [[math.nan]]), "weights has 1 of 1 numbers that are not finite"),
-    "ragged": (lambda: plots.regularization_path([2.0, 1.0], [[1.0], [1.0, 2.0]]), "weights is no array .*; pass"),
+    "ragged": (lambda: plots.regularization_path([2.0, 1.0], [[1.0], [1.0, 2.0]]), "weights is not an array .*; pass"),
     "other names": (
         lambda: plots.regularization_path([1.0], [[1.0]], names=["a", "b"]),
         "2 names do not fit 1 weights",
@@ -709,7 +715,7 @@ REFUSED = {
     "nothing measured": (lambda: plots.sparsity_over_time([0], [{"loss": 1.0}]), r"among \['loss'\]; its keys are"),
     "measured in percent": (
         lambda: plots.sparsity_over_time([0], [{"sparsity/a": 95}]),
-        "sparsity/a is 95, and a share",
+        "sparsity/a is 95, but a share",
     ),
     "no bins": (lambda: plots.weight_histogram(MODEL, bins=0), "bins=0 must be at least 1"),
     "a pattern for a tensor": (lambda: plots.weight_histogram(torch.eye(2), include="a"), "nothing to select from"),
@@ -738,7 +744,7 @@ def test_a_value_that_cannot_be_drawn_is_refused_with_the_reason(call, message):
 
 
 MISTAKEN = {
-    "words": (lambda: plots.regularization_path("abc", [[1.0]]), "lambdas is no array of real numbers"),
+    "words": (lambda: plots.regularization_path("abc", [[1.0]]), "lambdas is not an array of real numbers"),
     "complex": (
         lambda: plots.regularization_path([1.0], torch.ones(1, 1, dtype=torch.complex64)),
         "complex, .* modulus",
@@ -746,7 +752,7 @@ MISTAKEN = {
     "one name": (lambda: plots.regularization_path([1.0], [[1.0]], names="age"), "names='age' is a str; pass a list"),
     "no λ": (lambda: plots.regularization_path([1.0], [[1.0]], chosen="1se"), "chosen='1se' is a str"),
     "a list": (lambda: plots.frontier([(0.5, 0.9)]), "results is a list; pass a dict"),
-    "no pair": (lambda: plots.frontier({"a": 0.5}), r"results\['a'\] is no pair; give"),
+    "no pair": (lambda: plots.frontier({"a": 0.5}), r"results\['a'\] is not a pair; give"),
     "a single dict": (lambda: plots.sparsity_over_time([0], {"sparsity/a": 1.0}), "a list of dicts, .* got dict"),
     "no number": (
         lambda: plots.sparsity_over_time([0], [{"sparsity/a": "half"}]),
@@ -757,8 +763,8 @@ MISTAKEN = {
     "an array": (lambda: plots.input_map(np.eye(2)), "expected a model, .* got ndarray"),
     "integers": (lambda: plots.weight_histogram(torch.eye(2, dtype=torch.long)), r"torch.int64; convert them"),
     "some": (lambda: plots.masks(MODEL, most=True), "most=True is a bool"),
-    "no shape": (lambda: plots.input_map(MODEL, 4), "shape=4 is no shape; pass integers"),
-    "half a pixel": (lambda: plots.input_map(MODEL, (2.0, 2.0)), "is no shape"),
+    "no shape": (lambda: plots.input_map(MODEL, 4), "shape=4 is not a shape; pass integers"),
+    "half a pixel": (lambda: plots.input_map(MODEL, (2.0, 2.0)), "is not a shape"),
 }
 
 

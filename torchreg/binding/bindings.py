@@ -1,9 +1,9 @@
-"""Term and Binding: a penalty with strengths that move, and one parameter that it applies to."""
+"""A term is a penalty with strengths that move; a binding is a parameter that it applies to."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -73,6 +73,9 @@ class Term:
         with torch.inference_mode(False):
             self.__dict__["mirror"] = torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Term, (self.key, self.base, self.factor)  # without the mirror, which shared memory would move
+
     def __repr__(self) -> str:
         return f"Term({self.key!r}, {self.base!r}, factor={self.factor!r})"
 
@@ -81,20 +84,57 @@ class Term:
         return f"; it has {', '.join((*base.strengths, 'factor'))}" if base is not None else ""
 
 
-@dataclasses.dataclass
+class Carrier(Protocol):
+    """What applies the prox of a parameter, in place of the loss: an optimizer's `torchreg.optim.Attachment`."""
+
+    @property
+    def is_hooked(self) -> bool:
+        """Its optimizer does not copy it along: a copy of the regularizer has to."""
+
+    def describe(self) -> str:
+        """Its name in `explain()`."""
+
+    def refresh(self) -> None:
+        """Looks for parameters that its optimizer was given since."""
+
+    def look(self) -> None:
+        """Warns where the parameters train without a step of its optimizer."""
+
+    def remove(self) -> None:
+        """Gives the parameters back to the loss."""
+
+
+@dataclasses.dataclass(eq=False)
 class Binding:
-    """One selected parameter with the term, scale and anchor that apply to it."""
+    """One selected parameter with the penalty that applies to it, and with what carries that penalty.
+
+    Attributes:
+        selected: the parameter's name and place in the model.
+        term: the rule that selects it.
+        scale: its own factor of the strengths.
+        anchor: w₀ where the penalty is of w − w₀; None for 0.
+        carrier: the attachment whose optimizer applies the prox; None where the penalty acts through the loss.
+        note: what `explain()` adds.
+        ready: scale and anchor are decided, as the parameter's shape is known.
+    """
 
     selected: ParameterRef
     term: Term
     scale: float = 1.0
     anchor: Tensor | None = None
+    carrier: Carrier | None = None
     note: str = ""
-    ready: bool = False  # scale and anchor are decided: the parameter's shape is known
+    ready: bool = False
     _cached: tuple[int, Penalty] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A swap-in brings its attachment along where it is copied too; hooks of a stock optimizer are not copied.
+        carrier = self.carrier if self.carrier is not None and self.carrier.is_hooked else None
+        return {**self.__dict__, "carrier": carrier, "_cached": None}
 
     @property
     def name(self) -> str:
+        """The parameter's name, without the prefixes of wrappers."""
         return self.selected.name
 
     @property
@@ -113,6 +153,15 @@ class Binding:
         numbers = (self.term.mirror * self.scale).to(widened(w).real.dtype)
         penalty = self.term.base.with_strengths(**dict(zip(self.term.base.strengths, numbers.unbind(), strict=True)))
         return penalty if self.anchor is None else Toward(penalty, self.anchor)
+
+    def is_bound_to(self, parameter: Tensor) -> bool:
+        """Its parameter is this one, at every place where it is tied: a quick check for each training step."""
+        selected = self.selected
+        known = selected.owner._parameters.get(selected.attribute)
+        return (known is parameter or self.parameter() is parameter) and not (
+            selected.ties
+            and any(owner._parameters.get(name.rpartition(".")[2]) is not known for name, owner in selected.ties)
+        )
 
     def parameter(self) -> Tensor:
         """The parameter as it is now, with the anchor on its device, and divided among processes as it is."""

@@ -1,4 +1,4 @@
-"""What is zero: how much of a network, and keeping it so."""
+"""The exact zeros of a network: counts, dead inputs and dead neurons, and their table."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class LayerSparsity:
     Attributes:
         name: the parameter's dotted name.
         shape: its shape.
-        weights, zeros: how many entries it has, and how many of them are exactly 0.
-        inputs, dead_inputs: its input features or channels, and those whose every weight is 0.
-        neurons, dead_neurons: its output features or channels, and those whose every weight is 0.
+        weights, zeros: the number of its entries, and of those that are exactly 0.
+        inputs, dead_inputs: the number of its input features or channels, and of those whose weights are all 0.
+        neurons, dead_neurons: the number of its output features or channels, and of those whose weights are all 0.
     """
 
     name: str
@@ -42,7 +42,7 @@ class LayerSparsity:
         return self.zeros / self.weights if self.weights else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for a log or JSON."""
+        """The numbers of this weight, for a log or JSON."""
         return {
             "shape": list(self.shape),
             "weights": self.weights,
@@ -60,7 +60,7 @@ class Sparsity:
     """The exact zeros of a network, total and by layer; `print` shows a table.
 
     Attributes:
-        layers: one `LayerSparsity` a weight, in the model's order.
+        layers: one `LayerSparsity` per weight, in the order of the model.
     """
 
     layers: tuple[LayerSparsity, ...]
@@ -72,7 +72,7 @@ class Sparsity:
 
     @property
     def zeros(self) -> int:
-        """How many of them are exactly 0."""
+        """The number of weights that are exactly 0."""
         return sum(layer.zeros for layer in self.layers)
 
     @property
@@ -88,7 +88,7 @@ class Sparsity:
         raise KeyError(f"no layer {name!r}; the layers are {[layer.name for layer in self.layers]}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for a log or JSON: the total, and each layer under `layers`."""
+        """The numbers for a log or JSON: the total, and each layer under `layers`."""
         return {
             "weights": self.weights,
             "zeros": self.zeros,
@@ -103,16 +103,16 @@ class Sparsity:
 def sparsity(
     model: nn.Module | Regularizer, include: Selector | None = None, exclude: Selector | None = None
 ) -> Sparsity:
-    """Counts exact zeros: in total, by layer, and the inputs and neurons that are dead.
+    """Counts exact zeros, in total and by layer, and the dead inputs and neurons.
 
-    An input is dead if every weight that reads it is 0, a neuron if every weight into it is 0 (its bias aside).
+    An input is dead if every weight that reads it is 0. A neuron is dead if every weight of it is 0, whatever its bias.
 
     Args:
         model: a model, whose floating or complex weights with two or more dimensions count (frozen ones too, but no
             norm layers and no embeddings), or a regularizer, whose selected parameters count.
         include, exclude: other weights of the model; see `torchreg.select`.
     Returns:
-        A `Sparsity`: prints as a table, and converts with `to_dict()`. One synchronization a device.
+        A `Sparsity`, which prints as a table and has `to_dict()`. Counting synchronizes with each device once.
     Raises:
         ValueError: there is nothing to count, or a selector matches nothing.
 
@@ -125,28 +125,28 @@ def sparsity(
     0.weight  2×3       3  50.00%       1 of 3        0 of 2
     total     6         3  50.00%
     """
-    entries = counted(model, include, exclude)
+    entries = counted_weights(model, include, exclude)
     counts: dict[torch.device, list[Tensor]] = {}
     for entry in entries:
         counts.setdefault(entry.parameter.device, []).append(zero_counts(connectivity.nonzero(entry), entry.owner))
-    # One stack and one read a device, however many layers there are.
-    read = {device: iter(torch.stack(rows).tolist()) for device, rows in counts.items()}
+    # One stack and one read per device, for any number of layers.
+    rows = {device: iter(torch.stack(tensors).tolist()) for device, tensors in counts.items()}
     layers = []
     for entry in entries:
         parameter = entry.parameter
-        numbers = next(read[parameter.device])
+        numbers = next(rows[parameter.device])
         layers.append(LayerSparsity(entry.name, tuple(parameter.shape), parameter.numel(), *numbers))
     return Sparsity(tuple(layers))
 
 
-def counted(
+def counted_weights(
     model: nn.Module | Regularizer, include: Selector | None = None, exclude: Selector | None = None
 ) -> list[ParameterRef]:
-    """The weights that `sparsity` counts, and errors, for the same arguments."""
+    """The weights that `sparsity` counts for the same arguments, with its errors."""
     if isinstance(model, Regularizer):
         if include is not None or exclude is not None:
-            raise ValueError("a regularizer has its selection; for another pass the model, with include")
-        return [binding.selected for binding in model._current()]
+            raise ValueError("a regularizer already has a selection; for another one pass the model and include")
+        return [binding.selected for binding in model.bindings()]
     if include is not None or exclude is not None:
         return select(model, include, exclude)
     entries = [entry for entry in named_parameters(model) if not kind_of(entry)]
@@ -155,8 +155,8 @@ def counted(
     return entries
 
 
-def sparsity_table(found: Sparsity, **columns: Sequence[str]) -> str:
-    """The table that `print` shows, with more columns at its end: by title, one text a layer and one for the total.
+def sparsity_table(sparsity: Sparsity, **columns: Sequence[str]) -> str:
+    """The table that `print` shows, with more columns at its end: by title, one text per layer and one for the total.
 
     >>> print(sparsity_table(Sparsity((LayerSparsity("fc.weight", (2, 3), 6, 4, 3, 1, 2, 0),)), dtype=["float16", ""]))
     weight     shape  left   zeros  dead inputs  dead neurons  dtype
@@ -164,13 +164,13 @@ def sparsity_table(found: Sparsity, **columns: Sequence[str]) -> str:
     fc.weight  2×3       2  66.67%       1 of 3        0 of 2  float16
     total      6         2  66.67%
     """
-    header, *rows = sparsity_cells(found)
-    rows = [[*row, *more] for row, *more in zip(rows, *columns.values(), strict=True)]
+    header, *rows = sparsity_cells(sparsity)
+    rows = [[*row, *cells] for row, *cells in zip(rows, *columns.values(), strict=True)]
     return render_table([*header, *columns], rows, right=[2, 3, 4, 5])
 
 
-def sparsity_cells(found: Sparsity) -> list[list[str]]:
-    """The texts of that table: a header, a row for each layer, and one of the total."""
+def sparsity_cells(sparsity: Sparsity) -> list[list[str]]:
+    """The texts of the table: a header, a row for each layer, and a row of the total."""
     rows = [["weight", "shape", "left", "zeros", "dead inputs", "dead neurons"]]
     rows += [
         [
@@ -181,23 +181,23 @@ def sparsity_cells(found: Sparsity) -> list[list[str]]:
             f"{layer.dead_inputs} of {layer.inputs}",
             f"{layer.dead_neurons} of {layer.neurons}",
         ]
-        for layer in found.layers
+        for layer in sparsity.layers
     ]
-    left = found.weights - found.zeros
-    return [*rows, ["total", f"{found.weights:,}", f"{left:,}", f"{found.fraction:.2%}", "", ""]]
+    n_nonzero = sparsity.weights - sparsity.zeros
+    return [*rows, ["total", f"{sparsity.weights:,}", f"{n_nonzero:,}", f"{sparsity.fraction:.2%}", "", ""]]
 
 
 def zero_counts(alive: Tensor, owner: nn.Module | None = None) -> Tensor:
     """[zeros, inputs, dead inputs, neurons, dead neurons] of a weight, on its device.
 
     Args:
-        alive: which of its entries are not 0.
-        owner: the module that holds it; without one it is taken for a linear layer or a plain convolution.
+        alive: whether each entry is nonzero.
+        owner: the module of the weight; without it the weight counts as that of a linear layer or plain convolution.
 
     >>> zero_counts(torch.tensor([[True, False, True], [False, False, False]])).tolist()
     [4, 3, 1, 2, 1]
     """
-    # Counting the others is ten times as fast as a sum of booleans.
+    # count_nonzero is ten times as fast as a sum of booleans.
     zeros = alive.numel() - alive.count_nonzero()
     inputs, neurons = connectivity.alive_units(alive, owner)
     sizes = [torch.full_like(zeros, count) for count in (inputs.numel(), neurons.numel())]

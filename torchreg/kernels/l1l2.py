@@ -63,7 +63,7 @@ def value(weights: Sequence[Tensor], penalties: Sequence[L1L2]) -> Tensor:
         penalties: one for each weight.
     Returns:
         A tensor of the weights' dtype, on their device. It is summed in float64 (on a GPU from blocks in the weights'
-        dtype), in the same order for any number of threads.
+        dtype), in the same order for any number of threads and, on a CPU, on every processor.
     """
     return _Value.apply(penalties, *weights)
 

@@ -21,9 +21,14 @@ typedef struct {
 } tensor;
 
 typedef struct {
-    double moduli, squares, largest;
-    int64_t nonzeros, near, finite;
+    double squares;
+    int64_t nonzeros;
 } line;
+
+typedef struct {
+    double moduli, largest;
+    int64_t near, finite;
+} whole;
 
 typedef struct {
     double *squares;
@@ -120,19 +125,22 @@ EVERY_PROCESSOR void torchreg_statistics_of(void *all, int64_t index) {
     const tensor *t = c->t;
     const int64_t width = t->columns * t->inner;
     line lines[TILE];
+    whole tile;
     for (int64_t first = c->first; first < c->last; first += TILE) {
         const int64_t rows = c->last - first < TILE ? c->last - first : TILE;
         for (int64_t at = 0; at < width; at += STRIP) {
             const int64_t n = width - at < STRIP ? width - at : STRIP;
             if (t->dtype == FLOAT64)
-                tile_double(t, first, rows, at, n, near_zero, lines, c->own);
-            else if (!tile_quick(t, first, rows, at, n, near_zero, lines, c->own))
-                tile_wide(t, first, rows, at, n, near_zero, lines, c->own);
+                tile_double(t, first, rows, at, n, near_zero, lines, &tile, c->own);
+            else if (!tile_quick(t, first, rows, at, n, near_zero, lines, &tile, c->own))
+                tile_wide(t, first, rows, at, n, near_zero, lines, &tile, c->own);
+            c->counts[1] += tile.near, c->counts[2] += tile.finite;
+            c->sums[0] += tile.moduli;
+            if (tile.largest > c->sums[2]) c->sums[2] = tile.largest;
             for (int64_t i = 0; i < rows; i++) {
                 const line *l = lines + i;
-                c->counts[0] += l->nonzeros, c->counts[1] += l->near, c->counts[2] += l->finite;
-                c->sums[0] += l->moduli, c->sums[1] += l->squares;
-                if (l->largest > c->sums[2]) c->sums[2] = l->largest;
+                c->counts[0] += l->nonzeros;
+                c->sums[1] += l->squares;
                 t->counts[4 + first + i] += l->nonzeros;
                 t->sums[3 + first + i] += l->squares;
                 if (t->support) c->counts[3] += renew(t, (first + i) * width + at, n);
@@ -259,10 +267,46 @@ static double word_of(double key, double count) {
     return key < 0 ? -1.0 : (double)mixed((uint32_t)(int64_t)count * GOLDEN + (uint32_t)key);
 }
 
-static void prepare_adam(const adam_tensor *t, adam_numbers *c) {
-    const double count = counted(t->step, t->step_dtype), bias = 1 - pow(c->beta1, count), response = c->lr * (c->unit / bias);
+/* A number in two parts, of twice the digits. */
+typedef struct {
+    double high, low;
+} pair;
+
+/* Veltkamp's split: the upper half of the digits, so that products of halves are exact. */
+static double upper(double x) {
+    const double many = 0x1.0000002p27 * x;
+    return many - (many - x);
+}
+
+static pair times(pair a, pair b) {
+    const double product = a.high * b.high, a1 = upper(a.high), a2 = a.high - a1, b1 = upper(b.high), b2 = b.high - b1;
+    const double lost = ((a1 * b1 - product) + a1 * b2 + a2 * b1) + a2 * b2;
+    const double low = lost + (a.high * b.low + a.low * b.high), high = product + low;
+    return (pair){high, low - (high - product)};
+}
+
+/* βⁿ, which the maths library has by another bit in one of 4,000 cases where the processor fuses products. */
+static double power(double beta, double count) {
+    pair found = {1, 0}, x = {beta, 0};
+    for (uint64_t n = (uint64_t)fmin(fmax(count, 0), 0x1p53); n > 0; n /= 2) {
+        if (n % 2) found = times(found, x);
+        x = times(x, x);
+    }
+    return found.high;
+}
+
+/* Those of the tensor before, which most share. */
+typedef struct {
+    double count, beta1, beta2, power1, power2;
+} powers;
+
+static void prepare_adam(const adam_tensor *t, adam_numbers *c, powers *known) {
+    const double count = counted(t->step, t->step_dtype);
+    if (count != known->count || c->beta1 != known->beta1 || c->beta2 != known->beta2)
+        *known = (powers){count, c->beta1, c->beta2, power(c->beta1, count), power(c->beta2, count)};
+    const double bias = 1 - known->power1, response = c->lr * (c->unit / bias);
     c->rate = c->lr / bias;
-    c->correction = sqrt(1 - pow(c->beta2, count));
+    c->correction = sqrt(1 - known->power2);
     c->keep = c->decoupled != 0 ? 1 - c->lr * c->decay : 1;
     c->coupled = c->decoupled != 0 ? 0 : c->decay;
     c->l1 = response * c->strength1, c->l2 = response * c->strength2;
@@ -270,7 +314,8 @@ static void prepare_adam(const adam_tensor *t, adam_numbers *c) {
     c->word = word_of(c->key, count);
 }
 
-static void prepare_sgd(const sgd_tensor *t, sgd_numbers *c) {
+static void prepare_sgd(const sgd_tensor *t, sgd_numbers *c, powers *known) {
+    (void)known;
     c->word = word_of(c->key, t->step ? counted(t->step, t->step_dtype) : 0);
     c->l1 = c->lr * c->unit * c->strength1, c->l2 = c->lr * c->unit * c->strength2;
 }
@@ -413,9 +458,10 @@ static int64_t find(const job *all, int64_t block, int64_t *first) {
     EXPORT void torchreg_##name(const name##_tensor *tensors, name##_numbers *numbers, int64_t n,                  \
                                 int64_t *ends, team parallel, int64_t threads) {                                   \
         job all = {tensors, numbers, n, ends};                                                                     \
+        powers known = {0, 0, 0, 1, 1};                                                                            \
         int64_t blocks = 0;                                                                                        \
         for (int64_t i = 0; i < n; i++) {                                                                          \
-            prepare_##name(tensors + i, numbers + i);                                                              \
+            prepare_##name(tensors + i, numbers + i, &known);                                                      \
             ends[i] = blocks += (tensors[i].size + BLOCK - 1) / BLOCK;                                             \
         }                                                                                                          \
         run(name##_block, &all, blocks, parallel, threads);                                                        \

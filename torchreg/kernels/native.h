@@ -59,6 +59,10 @@ INLINE float from_float16(uint16_t half) {
     return from_bits(sign | (modulus >= 0x7c00u ? infinite : bits));
 }
 
+/* A sum has one order of additions, whatever the processor, the compiler and the loop that it is part of: entry j goes
+   to lane j % LANES, and the lanes are added up as the code says. A loop over the lanes makes vectors of any width. */
+#define LANES (64 / (int64_t)sizeof(real))
+
 /* GOMP_parallel of the OpenMP runtime that torch has loaded: its own team of threads runs the kernels. */
 typedef void (*team)(void (*)(void *), void *, unsigned, unsigned);
 

@@ -43,8 +43,8 @@ INLINE void NAMED(adam)(const adam_tensor *t, const adam_numbers *c, int64_t fir
 #pragma omp simd
     for (int64_t i = first; i < last; i++) {
         const int dead = w[i] == (anchored ? anchor[i] : 0);
-        mean[i] = dead & (ABS(mean[i]) < TINY) ? 0 : mean[i];
-        square[i] = dead & (square[i] < TINY) ? 0 : square[i];
+        mean[i] = (dead & (ABS(mean[i]) < TINY)) ? 0 : mean[i];
+        square[i] = (dead & (square[i] < TINY)) ? 0 : square[i];
     }
 }
 

@@ -1,318 +1,105 @@
-"""Attachment: a regularizer's prox carried by an optimizer."""
+"""Attachment: an optimizer that carries a regularizer's prox."""
 
 from __future__ import annotations
 
-import copy
-import functools
 import operator
-import threading
 import weakref
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, Adagrad, AdamW, Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchreg._distributed import is_sharded
 from torchreg._tensors import Step
 from torchreg.binding.bindings import Binding
 from torchreg.binding.regularizer import Regularizer
-from torchreg.optim.executors.rounding import NARROW
-from torchreg.optim.step_sizes import PIECE, STEP_SIZES, Diagonal, StepSize, present_step, step_size_of
+from torchreg.optim.executors.job import Job
+from torchreg.optim.executors.plain import Prox
+from torchreg.optim.executors.rounding import NARROW, NearestRounding, Rounding
+from torchreg.optim.step_hooks import StepHooks, unwrapped_optimizer
+from torchreg.optim.step_sizes import STEP_SIZES, FunctionStep, Group, State, StepSize, sampled_step, step_size_of
+from torchreg.optim.watch import Watch
 from torchreg.penalties import Penalty
 
-_alive: weakref.WeakSet[Attachment] = weakref.WeakSet()
-"""Every attachment there is, whatever its regularizer: a parameter has at most one."""
-_alive_lock = threading.Lock()
-"""Held to read or change it: other threads may be building optimizers of other models."""
+_carriers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""A weak reference to the carrier of each parameter, whatever its regularizer: a newer one takes over from it."""
 
 
-class Prox(ABC):
-    """One prox after each real step of an optimizer, for each parameter that the step has moved."""
+class Attachment:
+    """The carrier of parameters: an optimizer that applies a regularizer's prox to them after each of its steps.
 
-    step_size: StepSize
-
-    @abstractmethod
-    def penalties(self, optimizer: Optimizer) -> Mapping[int, Penalty | None]:
-        """The penalty of each regularized parameter, by its `id`; None while the regularizer is disabled."""
-
-    def before(self, optimizer: Optimizer) -> None:
-        """Just before the optimizer's update, while its state is the old one."""
-        look, follow = (getattr(self.step_size, name, None) for name in ("before", "follow"))
-        self._asked: dict[int, Callable[[], Step]] = {}
-        self._tangents: dict[int, Penalty] = {}
-        for group, parameter, penalty in self._carried(optimizer):  # refuses, if it must, before any weight has moved
-            if penalty is not None and penalty.linearizes and not penalty.is_zero:
-                self._tangents[id(parameter)] = _linearized(penalty, parameter, optimizer)
-            if look is not None and (follow is not None or not _idle(penalty)):
-                ask = look(optimizer, group, parameter)
-                if ask is not None:
-                    self._asked[id(parameter)] = ask
-
-    def apply(self, optimizer: Optimizer) -> None:
-        """Just after the optimizer's update; a differentiable optimizer's prox has a gradient too."""
-        with torch.set_grad_enabled(bool(optimizer.defaults.get("differentiable"))):
-            self._apply(optimizer)
-
-    def _apply(self, optimizer: Optimizer) -> None:
-        asked, tangents = self.__dict__.pop("_asked", {}), self.__dict__.pop("_tangents", {})
-        follow = getattr(self.step_size, "follow", None)
-        for group, parameter, penalty in self._carried(optimizer):
-            if parameter.grad is None:
-                continue
-            if penalty is None or _idle(penalty):
-                if follow is not None:
-                    follow(optimizer, group, parameter)
-                continue
-            penalty = tangents.get(id(parameter), penalty)
-            large, pieces = _is_large(optimizer, parameter, penalty), getattr(self.step_size, "pieces", None)
-            if large and pieces is not None:
-                for w, step in pieces(optimizer, group, parameter):
-                    penalty.prox_(w, step)
-                continue
-            ask = asked.get(id(parameter))
-            step = self.step_size(optimizer, group, parameter) if ask is None else ask()
-            if not isinstance(step, Tensor) and step == 0:
-                continue
-            found_inf = getattr(optimizer, "found_inf", None)
-            if found_inf is not None:
-                # A fused optimizer is called on steps that the GradScaler skips: it skips them on the device.
-                skipped = found_inf.to(parameter.device).reshape(()) > 0
-                step = torch.where(skipped, 0.0, step)
-            for w in parameter.view(-1).split(PIECE) if large and not isinstance(step, Tensor) else [parameter]:
-                penalty.prox_(w, step)
-
-    def _carried(self, optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], Tensor, Penalty | None]]:
-        penalties = self.penalties(optimizer)
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if id(parameter) in penalties:
-                    yield group, parameter, penalties[id(parameter)]
-
-
-class Frozen(Prox):
-    """The prox of an optimizer copied without its regularizer: penalties as they were, on its own parameters."""
-
-    def __init__(self, pairs: list[tuple[Tensor, Penalty | None]], step_size: StepSize) -> None:
-        self.pairs = pairs
-        self.step_size = step_size
-        self._penalties = {id(parameter): penalty for parameter, penalty in pairs}
-
-    def penalties(self, optimizer: Optimizer) -> Mapping[int, Penalty | None]:
-        return self._penalties
-
-    def release(self, held: Mapping[int, Binding]) -> None:
-        """Gives up the parameters that a regularizer takes over."""
-        self.pairs = [pair for pair in self.pairs if id(pair[0]) not in held]
-        self._penalties = {id(parameter): penalty for parameter, penalty in self.pairs}
-
-
-class Attachment(Prox):
-    """The prox of a regularizer on an optimizer, as `attach` returns it: `remove()` takes it off.
-
-    The optimizer holds it, the regularizer only weakly: when the optimizer dies, its parameters return to the loss
-    route.
+    The newest attachment takes a parameter over from an older one, whose optimizer raises where it is stepped after
+    that. A copy or pickle of the optimizer and the regularizer in one call keeps them together.
 
     Attributes:
-        active: False once removed.
+        optimizer, regularizer, step_size: what it was made of.
+        in_step: the optimizer is in the middle of a step.
+        stepped: it has taken a step since somebody set this to False.
     """
 
     def __init__(
-        self, optimizer: Optimizer, regularizer: Regularizer, step_size: StepSize, *, partial: bool, hooked: bool
+        self, optimizer: Optimizer, regularizer: Regularizer, step_size: StepSize, *, partial: bool = False
     ) -> None:
         if not isinstance(regularizer, Regularizer):
             raise TypeError(
                 f"regularizer is a {type(regularizer).__name__}; build one first: Regularizer(model, L1(1e-4))"
             )
-        self.step_size = step_size
+        self.optimizer, self.regularizer, self.step_size = optimizer, regularizer, step_size
+        self.in_step = self.stepped = False
         self._partial = partial
-        self._hooked = hooked
-        self._handles: list[Any] = []
-        self._pending: Mapping[int, Any] | None = None  # of a copy: the memo of its deepcopy, until its first use
-        self._begin(optimizer, regularizer)
+        self._held: list[Tensor] = []  # all parameters of the optimizer
+        self._carried: list[tuple[Tensor, Binding]] = []
+        self._lost: list[Tensor] = []  # those that a newer attachment has taken over
+        self._hooks: StepHooks | None = None
+        self._prox: Prox | None = None
+        self._watch: Watch | None = None
+        self._find()
+        self._take_over()
 
-    def _begin(self, optimizer: Optimizer, regularizer: Regularizer) -> None:
-        self._regularizer = regularizer
-        self.active = True
-        self._optimizer: Callable[[], Optimizer | None] = weakref.ref(optimizer)
-        self._held: dict[int, Binding] = {}
-        self._seen: tuple[list[Binding], list[Tensor], list[Tensor]] = ([], [], [])
-        self._refresh(optimizer)
-        with _alive_lock:
-            _alive.add(self)
-        regularizer._attach(self)
-        if self._hooked:
-            frozen = getattr(optimizer, "attachment", None)
-            if isinstance(frozen, Frozen):
-                frozen.release(self._held)
-            self._hook(optimizer)
-        else:
-            optimizer.attachment = self  # type: ignore[attr-defined]
-
-    def _hook(self, optimizer: Optimizer) -> None:
-        if not self._handles:
-            before = optimizer.register_step_pre_hook(self._before_hook)
-            after = optimizer.register_step_post_hook(self._after_hook)
-            # First among the hooks: a mask or an average must see the weights after the prox.
-            optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
-            self._handles = [before, after]
-            # A deepcopy of an optimizer drops its hooks, so this one says how it is copied.
-            optimizer.__deepcopy__ = functools.partial(_copied, weakref.ref(optimizer))  # type: ignore[attr-defined]
+    # ------------------------------------------------------------------ which parameters
 
     @property
-    def regularizer(self) -> Regularizer:
-        """Whose penalties it applies."""
-        self._settle()
-        return self._regularizer
+    def active(self) -> bool:
+        """It carries a parameter."""
+        return any(binding.carrier is self for _, binding in self._carried)
 
-    def _settle(self) -> None:
-        """A copy takes hold of the regularizer that was copied with it; without one it does nothing."""
-        if self._pending is not None:
-            memo, self._pending = self._pending, None
-            copied = memo.get(id(self._regularizer))
-            if copied is not None:
-                copied._settle()
+    def carried(self) -> list[tuple[Tensor, Binding]]:
+        """The parameters that it carries, each with its binding, as model and optimizer are now.
 
-    @property
-    def alive(self) -> bool:
-        """The optimizer exists."""
-        return self._optimizer() is not None
+        Raises:
+            RuntimeError: the optimizer holds a former tensor of a parameter that was replaced.
+        """
+        self.refresh()
+        return [(w, binding) for w, binding in self._carried if binding.carrier is self]
 
-    def remove(self) -> None:
-        """Takes the prox off the optimizer: `reg()` has the gradient of its parameters again."""
-        self._settle()
-        self._regularizer._settle()
-        optimizer, forget = self._optimizer(), getattr(self.step_size, "forget", None)
-        if optimizer is not None and forget is not None:
-            for parameter in self._seen[1]:
-                forget(optimizer, parameter)
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self.active = False
-        self._regularizer._detach(self)
-        if optimizer is not None and self._hooked and not _attached(optimizer):
-            optimizer.__dict__.pop("__deepcopy__", None)
-
-    def penalties(self, optimizer: Optimizer) -> Mapping[int, Penalty | None]:
-        enabled = self.regularizer.enabled  # settles a copy first
-        held = self.held().items()
-        if enabled and torch.compiler.is_compiling():
-            return {id_: binding.compiled_penalty(binding.parameter()) for id_, binding in held}
-        return {id_: binding.penalty if enabled else None for id_, binding in held}
-
-    def held(self) -> Mapping[int, Binding]:
-        """By `id`, the parameters that this optimizer regularizes by prox."""
-        optimizer = self._optimizer()
-        if optimizer is None or not self.active:
-            return {}
-        self._refresh(optimizer)
-        return self._held
-
-    def present_steps(self) -> dict[int, Step]:
-        """By `id` of each parameter it carries, the prox step as `step_sizes.present_step` sees it."""
-        optimizer, held = self._optimizer(), self.held()
-        if optimizer is None:
-            return {}
-        return {
-            id(parameter): present_step(self.step_size, optimizer, group, parameter)
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            if id(parameter) in held
-        }
-
-    def describe(self) -> str:
-        """The route's name in `explain()`."""
-        optimizer = self._optimizer()
-        groups = [] if optimizer is None else optimizer.param_groups
-        # AdamW of torch before 2.7 has no such key, and decays all the same; Adafactor has it nowhere.
-        decoupled = isinstance(optimizer, (AdamW, Adafactor))
-        beside = ""
-        if any(group.get("weight_decay") and group.get("decoupled_weight_decay", decoupled) for group in groups):
-            beside = ", beside decoupled decay"
-        elif any(group.get("lambd") for group in groups):
-            beside = ", beside its own lambd"
-        elif any(group.get("centered") for group in groups):
-            beside = ", whose centered variance fades at rest"
-        if self._hooked:  # a swap-in rounds once, and by chance
-            narrow = {binding.parameter().dtype for binding in self._held.values()} & set(NARROW)
-            beside += "".join(
-                f", rounded twice in {str(dtype).removeprefix('torch.')}" for dtype in NARROW if dtype in narrow
-            )
-        return f"prox ({type(optimizer).__name__}{beside})"
-
-    def pairs(self) -> list[tuple[Tensor, Penalty | None]]:
-        """(parameter, penalty) as they stand: what a copy of the optimizer alone goes on with."""
-        enabled = self.regularizer.enabled
-        return [(binding.parameter(), binding.penalty if enabled else None) for binding in self.held().values()]
-
-    def renew(self, regularizer: Regularizer, memo: Mapping[int, Any] | None = None) -> None:
-        """Carries `regularizer`, a copy, on the copy of the optimizer that deepcopy's `memo` holds; or on its own."""
-        optimizer = self._optimizer() if memo is None else memo.get(id(self._optimizer()))
-        if optimizer is not None:
-            new = self if memo is None else memo.get(id(self)) or copy.deepcopy(self, dict(memo))
-            new._pending = None
-            new._begin(optimizer, regularizer)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
-        self._settle()
-        new = object.__new__(Attachment)
-        new.__dict__.update(self.__getstate__(), _optimizer=_nothing, _pending=memo)
-        memo[id(self)] = new
-        return new
-
-    def __getstate__(self) -> dict[str, Any]:
-        # An optimizer that was pickled along is held until the regularizer's first use takes hold of it. What a step
-        # that an error broke off had asked is left behind: functions, which do not pickle.
-        return {
-            **self.__dict__,
-            "_optimizer": self._optimizer(),
-            "_handles": [],
-            "_held": {},
-            "_seen": ([], [], []),
-            "_asked": {},
-            "_tangents": {},
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        optimizer = state["_optimizer"]
-        self.__dict__.update(state, _optimizer=lambda: optimizer)
-        if self._hooked and self.active and optimizer is not None:
-            self._hook(optimizer)
-
-    def _before_hook(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.before(optimizer)
-
-    def _after_hook(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.apply(optimizer)
-
-    def _refresh(self, optimizer: Optimizer) -> None:
-        """Finds which selected parameters the optimizer holds, if the model or the groups have changed since."""
-        bindings = self._regularizer._current(materialized=False)
-        live = [binding.parameter() for binding in bindings]
-        params = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if (
-            bindings is self._seen[0]
-            and all(map(operator.is_, live, self._seen[1]))
-            and len(params) == len(self._seen[2])
-            and all(map(operator.is_, params, self._seen[2]))
+    def refresh(self) -> None:
+        """Looks whether the model or the optimizer has changed, and takes over parameters that it was given since."""
+        held = [w for group in self.optimizer.param_groups for w in group["params"]]
+        if not (
+            self.regularizer.is_bound_to(self._carried)
+            and len(held) == len(self._held)
+            and all(map(operator.is_, held, self._held))
         ):
-            return
-        own = set(map(id, params))
-        held = {
-            id(parameter): binding for parameter, binding in zip(live, bindings, strict=True) if id(parameter) in own
-        }
-        self._check(optimizer, held, [b for p, b in zip(live, bindings, strict=True) if id(p) not in own])
-        self._held, self._seen = held, (bindings, live, params)
+            self._find()
+            self._take_over()
 
-    def _check(self, optimizer: Optimizer, held: dict[int, Binding], missing: list[Binding]) -> None:
-        """Raises where this optimizer cannot carry the prox of what is selected."""
-        kind = type(optimizer).__name__
+    def _find(self) -> None:
+        """Finds the selected parameters that the optimizer holds; on an error nothing has changed."""
+        held = [w for group in self.optimizer.param_groups for w in group["params"]]
+        bindings, ids = self.regularizer.resolved_bindings(), set(map(id, held))
+        every = [(binding.parameter(), binding) for binding in bindings]
+        carried = [(w, binding) for w, binding in every if id(w) in ids]
+        self._check(carried, [binding for w, binding in every if id(w) not in ids])
+        self._carried, self._held = carried, held
+
+    def _check(self, carried: list[tuple[Tensor, Binding]], missing: list[Binding]) -> None:
+        """Raises where the optimizer cannot carry what is selected."""
+        optimizer, kind = self.optimizer, type(self.optimizer).__name__
         names = ", ".join(binding.name for binding in missing)
-        before = {binding.name for binding in self._held.values()}
-        if any(binding.name in before for binding in missing):
+        if {binding.name for _, binding in self._carried} & {binding.name for binding in missing}:
             raise RuntimeError(
                 f"{kind} holds a former tensor of {names}: the model's parameter was replaced (as load_state_dict"
                 "(assign=True), to_empty and parametrizations do). Build the optimizer again from model.parameters(); "
@@ -323,45 +110,197 @@ class Attachment(Prox):
                 f"{kind} does not hold the selected {names}; give it these parameters, exclude them from the "
                 "regularizer, or pass partial=True if another optimizer has them"
             )
-        if not held:
+        if not carried:
             raise ValueError(f"{kind} holds none of the selected parameters ({names}); give it some, or select others")
-        with _alive_lock:
-            others = list(_alive)
-        for other in [other for other in others if other is not self and other.alive and other.active]:
-            for id_ in held.keys() & other._held.keys():
-                raise ValueError(
-                    f"{held[id_].name} already has its {other.describe()}, and twice is another penalty; take that off "
-                    "first, with handle.remove(), optimizer.attachment.remove() or del optimizer"
-                )
         dense_only = type(optimizer) in STEP_SIZES and not isinstance(optimizer, (SGD, Adagrad))
-        for binding in held.values():
+        for w, binding in carried:
             owner = binding.selected.owner
-            if dense_only and isinstance(owner, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and owner.sparse:
+            if dense_only and isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) and owner.sparse:
                 raise ValueError(
                     f"{binding.name} has sparse gradients, as its {type(owner).__name__} was asked to give, and {kind} "
                     "takes none; build it with sparse=False, or use SGD or Adagrad"
                 )
-            if optimizer.defaults.get("differentiable") and is_sharded(binding.parameter()):
+            if optimizer.defaults.get("differentiable") and is_sharded(w):
                 raise ValueError(
-                    f"{binding.name} is sharded, and {kind} differentiable: a sharded weight's prox has no graph; "
-                    f"leave "
-                    "differentiable=False, or keep the model on one process"
+                    f"{binding.name} is sharded, and {kind} differentiable: the prox of a sharded weight has no graph; "
+                    "leave differentiable=False, or keep the model on one process"
                 )
-            if binding.parameter().is_complex() and isinstance(self.step_size, Diagonal):
+            if w.is_complex() and self.step_size.diagonal:
                 raise ValueError(
                     f"{binding.name} is complex: {kind} steps its real and imaginary parts apart, under which the "
                     "penalty of the modulus has no closed-form prox; use ProxSGD, or add reg() to the loss"
                 )
 
+    # ------------------------------------------------------------------ who carries them
+
+    def _take_over(self) -> None:
+        """Makes this the carrier of its parameters, but for those that a newer one has taken over."""
+        for w, binding in self._carried:
+            if any(w is lost for lost in self._lost):
+                continue
+            older = carrier_of(w)
+            if older is not None and older is not self:
+                older._hand_over(w, self)
+            binding.carrier = self
+            _carriers[w] = weakref.ref(self)
+        self._watch_carried()
+
+    def _hand_over(self, parameter: Tensor, newer: Attachment) -> None:
+        """Gives a parameter to a newer attachment."""
+        self._lost.append(parameter)
+        for w, binding in self._carried:
+            if w is parameter and binding.carrier is self:
+                binding.carrier = None
+        self._watch_carried()
+        if newer.optimizer is self.optimizer and not self.active:
+            self._let_go()
+
+    def _watch_carried(self) -> None:
+        if self._watch is not None:
+            self._watch.remove()
+        self._watch = Watch(self, [w for w, binding in self._carried if binding.carrier is self])
+
+    def remove(self) -> None:
+        """Takes the prox off the optimizer, and gives its parameters back to the loss: `reg()` has their gradient."""
+        for w, binding in self._carried:
+            if binding.carrier is self:
+                self.step_size.on_detach(self.optimizer.state.get(w, {}))
+                binding.carrier = None
+                _carriers.pop(w, None)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Ends its part in the optimizer."""
+        self._lost = []
+        if self._watch is not None:
+            self._watch.remove()
+        if self._hooks is not None:
+            self._hooks.remove()
+        elif getattr(self.optimizer, "attachment", None) is self:
+            self.optimizer.attachment = None  # type: ignore[attr-defined]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied optimizer has no hooks, and the index of carriers no copies.
+        return {**self.__dict__, "_hooks": self.is_hooked and self.active, "_watch": None, "_prox": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _hooks=None)
+        if state["_hooks"]:
+            self.hook()
+        self._take_over()
+
+    def describe(self) -> str:
+        """The carrier's name in `explain()`."""
+        groups, kind = self.optimizer.param_groups, type(self.optimizer).__name__
+        # AdamW of torch before 2.7 has no such key, and decays all the same; Adafactor has it nowhere.
+        decoupled = isinstance(self.optimizer, (AdamW, Adafactor))
+        note = ""
+        if any(group.get("weight_decay") and group.get("decoupled_weight_decay", decoupled) for group in groups):
+            note = ", beside decoupled decay"
+        elif any(group.get("lambd") for group in groups):
+            note = ", beside its own lambd"
+        elif any(group.get("centered") for group in groups):
+            note = "; its centered variance vanishes at a stationary point"
+        if self.is_hooked:  # a swap-in rounds once, and stochastically
+            dtypes = {w.dtype for w, _ in self._carried}
+            note += "".join(f", rounded twice in {str(x).removeprefix('torch.')}" for x in NARROW if x in dtypes)
+        return f"prox ({kind}{note})"
+
+    # ------------------------------------------------------------------ its steps
+
+    @property
+    def is_hooked(self) -> bool:
+        """The prox runs in hooks of a stock optimizer, and not in the optimizer's own step."""
+        return self._hooks is not None
+
+    def look(self) -> None:
+        """Looks whether the weights train without a step of this optimizer, and warns."""
+        if self._watch is not None:
+            self._watch.look()
+
+    def check_carries(self) -> None:
+        """Raises where another optimizer has taken over a parameter of this one.
+
+        Raises:
+            RuntimeError: it says which one carries the parameter now.
+        """
+        for w in self._lost:
+            newer = carrier_of(w)
+            if newer is not None and newer.optimizer is not self.optimizer:
+                name = next(binding.name for x, binding in newer._carried if x is w)
+                own, other = type(self.optimizer).__name__, type(newer.optimizer).__name__
+                raise RuntimeError(
+                    f"this {own} no longer carries the penalty of {name}: a newer {other} has taken it over. Step the "
+                    f"{other}, or let this one take it back: tr.optim.attach(optimizer, regularizer)"
+                )
+
+    def job(self, stock: Callable[[Optimizer], Any], rounding: Rounding) -> Job:
+        """The step that the optimizer is about to take."""
+        return Job(self.optimizer, self.penalties(), self.step_size, stock, rounding)
+
+    def penalties(self) -> Mapping[int, Penalty | None]:
+        """By `id`, the penalty of each parameter that it carries; None where no prox acts now."""
+        self.refresh()
+        enabled = self.regularizer.enabled
+        if enabled and torch.compiler.is_compiling():
+            return {id(w): b.compiled_penalty(w) for w, b in self._carried if b.carrier is self}
+        return {
+            id(w): b.penalty if enabled and w.requires_grad else None for w, b in self._carried if b.carrier is self
+        }
+
+    def hook(self) -> None:
+        """Hooks the prox behind each step of a stock optimizer."""
+        # First among the hooks: a mask or an average must see the weights after the prox.
+        self._hooks = StepHooks(self.optimizer, self._after_step, self._before_step, first=True)
+
+    def _before_step(self) -> None:
+        self.check_carries()
+        self.in_step = True
+        self._prox = Prox(self.job(_own_step, NearestRounding()))
+
+    def _after_step(self) -> None:
+        assert self._prox is not None
+        prox, self._prox = self._prox, None
+        prox.apply()
+        self.stepped, self.in_step = True, False
+
+    def sampled_steps(self) -> dict[int, Step]:
+        """By `id` of each parameter that it carries, the step of the last prox: see `step_sizes.sampled_step`."""
+        groups = {id(w): group for group in self.optimizer.param_groups for w in group["params"]}
+        return {
+            id(w): sampled_step(self.step_size, groups[id(w)], self.optimizer.state.get(w, {}), w)
+            for w, _ in self.carried()
+        }
+
+
+def _own_step(optimizer: Optimizer) -> None:
+    """A hooked optimizer takes the stock step by itself."""
+
+
+def carrier_of(parameter: Tensor) -> Attachment | None:
+    """The attachment that carries a parameter, whatever its regularizer."""
+    reference = _carriers.get(parameter)
+    return None if reference is None else reference()
+
+
+def carriers(regularizer: Regularizer) -> list[Attachment]:
+    """The attachments that carry parameters of a regularizer."""
+    return [carrier for carrier in regularizer.carriers() if isinstance(carrier, Attachment)]
+
 
 def attach(
-    optimizer: Optimizer, regularizer: Regularizer, *, step_size: StepSize | None = None, partial: bool = False
+    optimizer: Optimizer,
+    regularizer: Regularizer,
+    *,
+    step_size: StepSize | Callable[[Group, State, Tensor], Step] | None = None,
+    partial: bool = False,
 ) -> Attachment:
     """Lets an optimizer that exists apply the prox of `regularizer` after each of its steps: exact zeros.
 
     w ← prox(w, s) with s the optimizer's unit response (see `torchreg.optim.step_sizes`), so that the solution is that
-    of loss + penalty whatever the optimizer. From now on `reg()` gives the value of the penalty without a gradient
-    for the parameters that `optimizer` holds.
+    of loss + penalty whatever the optimizer. From now on the optimizer carries the penalty of the parameters that it
+    holds: `reg()` gives their part of the penalty without a gradient. An optimizer that carried them before hands them
+    over, and raises if it is stepped after that.
 
     bfloat16 and float16 weights are rounded twice, to nearest: by the optimizer's own step, and after the prox, which
     is in float32. What moves them by less than half a spacing is lost in both; ProxSGD, ProxAdam and ProxAdamW keep it.
@@ -370,15 +309,16 @@ def attach(
         optimizer: SGD, ASGD, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Adagrad, Adadelta or Adafactor of
             `torch.optim`; any other with a `step_size` of yours.
         regularizer: whose penalties to apply.
-        step_size: `fn(optimizer, group, parameter) -> number or tensor`, asked for after each real step; `StepSize`
-            tells how one may follow a momentum. The default is the unit response of the optimizer's class.
+        step_size: a `StepSize`, or a function of (group, state, parameter) that returns a number or a tensor, asked for
+            after each real step. The default is the unit response of the optimizer's class.
         partial: allow that the optimizer lacks some selected parameters; another may carry those.
     Returns:
-        The attachment; its `remove()` undoes it. A `deepcopy` of a stock optimizer alone has no hooks, and so no prox:
-        copy (model, regularizer, optimizer) together, or attach again.
+        The attachment; its `remove()` gives the parameters back to the loss. A copy or pickle of model, regularizer and
+        optimizer in one call keeps the prox; a copy of the optimizer without the regularizer has none.
     Raises:
-        ValueError: the class has no known unit response, the optimizer lacks a selected parameter, or a parameter
-            already has a prox. Nothing has changed then.
+        TypeError: an argument is of another kind.
+        ValueError: the class has no known unit response, or the optimizer lacks a selected parameter. Nothing has
+            changed then.
 
     >>> model = torch.nn.Linear(3, 1)
     >>> reg = Regularizer(model, L1(0.1))
@@ -390,62 +330,18 @@ def attach(
     >>> reg().requires_grad
     True
     """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}; pass the optimizer itself")
+    optimizer = unwrapped_optimizer(optimizer)
     if refusal := getattr(optimizer, "not_attachable", ""):
         raise ValueError(f"{type(optimizer).__name__} {refusal}")
     if step_size is None:
         step_size = step_size_of(optimizer)
-    elif not callable(step_size):
-        raise TypeError(f"step_size={step_size!r} cannot be called; pass fn(optimizer, group, parameter) -> step")
-    return Attachment(optimizer, regularizer, step_size, partial=partial, hooked=True)
-
-
-def _idle(penalty: Penalty | None) -> bool:
-    """Nothing to apply: the regularizer is disabled, or every strength is 0; a compiled graph does not look."""
-    return penalty is None or (not torch.compiler.is_compiling() and penalty.is_zero)
-
-
-def _linearized(penalty: Penalty, parameter: Tensor, optimizer: Optimizer) -> Penalty:
-    """The penalty that follows a step from where `parameter` is; a differentiable optimizer's has a gradient too."""
-    differentiable = bool(optimizer.defaults.get("differentiable"))
-    with torch.set_grad_enabled(differentiable):
-        return penalty.linearized(parameter.clone() if differentiable else parameter)  # a graph keeps the old weights
-
-
-def _is_large(optimizer: Optimizer, parameter: Tensor, penalty: Penalty) -> bool:
-    """A CPU's cache does not hold all of the parameter, and its prox is the same in pieces, which fit."""
-    soft = None if torch.compiler.is_compiling() else penalty.coefficients()
-    return (
-        soft is not None
-        and soft.anchor is None
-        and parameter.is_cpu
-        and type(parameter) is torch.nn.Parameter
-        and parameter.numel() > PIECE
-        and parameter.is_contiguous()
-        and not torch.is_grad_enabled()
-        and getattr(optimizer, "found_inf", None) is None
-    )
-
-
-def _nothing() -> None:
-    """The optimizer of a copied handle before it has one."""
-
-
-def _attached(optimizer: Optimizer) -> list[Attachment]:
-    """The attachments that `optimizer` carries in its hooks."""
-    owners = [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_post_hooks.values()]
-    return [owner for owner in owners if isinstance(owner, Attachment)]
-
-
-def _copied(reference: weakref.ref[Optimizer], memo: dict[int, Any]) -> Optimizer:
-    """A deepcopy of an optimizer with the copies of its attachments, which settle at its first step."""
-    optimizer: Any = reference()
-    how = optimizer.__dict__.pop("__deepcopy__")
-    try:
-        new: Optimizer = copy.deepcopy(optimizer, memo)
-    finally:
-        optimizer.__deepcopy__ = how
-    for attachment in _attached(optimizer):
-        copy.deepcopy(attachment, memo)._hook(new)
-    return new
+    elif not isinstance(step_size, StepSize):
+        if not callable(step_size):
+            raise TypeError(f"step_size={step_size!r} cannot be called; pass fn(group, state, parameter) -> step")
+        step_size = FunctionStep(step_size)
+    attachment = Attachment(optimizer, regularizer, step_size, partial=partial)
+    if hasattr(optimizer, "attachment"):  # a swap-in, whose own step applies the prox
+        optimizer.attachment = attachment
+    else:
+        attachment.hook()
+    return attachment

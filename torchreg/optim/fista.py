@@ -12,15 +12,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 
 from torchreg._checks import nonnegative
 from torchreg._distributed import is_sharded
 from torchreg.binding.regularizer import Regularizer
 from torchreg.inspection.certificates import distances, gathered, read_gradients, total_inner
-from torchreg.optim.attachment import Attachment
 from torchreg.optim.proximal import Proximal
-from torchreg.optim.step_sizes import StepSize
+from torchreg.optim.step_sizes import Group, State, StepSize
 from torchreg.penalties import Penalty
 
 
@@ -38,7 +36,14 @@ class Point:
         return math.isfinite(self.value) and math.isfinite(_norm(self.gradients))
 
 
-def last_step(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor | None = None) -> float:
+class LineSearchStep(StepSize):
+    """The step that the line search found last, or its first trial."""
+
+    def __call__(self, group: Group, state: State, parameter: Tensor) -> float:
+        return last_step(group)
+
+
+def last_step(group: Group) -> float:
     """The step that the line search found last, or its first trial."""
     return float(group["step_size"] or group["lr"])
 
@@ -55,17 +60,17 @@ class FISTA(Proximal):
 
     Args:
         params: the parameters to move, in one group. Those without a penalty take the gradient step alone.
-        regularizer: whose penalties to apply; `params` must hold all that it selects.
         lr: the first trial of s. Any size serves, at the price of a few evaluations.
         tol: the relative distance of −∇f to ∂Ω at which to stop; None is √ε of the weights' dtype, 1.5e-8 in
             float64 and 3.5e-4 in float32. What can be reached is about 1e-11 and 1e-4.
+        regularizer: whose penalties to apply; `params` must hold all that it selects.
         partial: allow that `params` lacks some selected parameters; another optimizer may carry those.
     Attributes:
         stationarity: ‖∇f + v‖ / max(‖∇f‖, ‖v‖) at the weights, with v the nearest subgradient of Ω, over all of
             `params`; inf before the first step. See `torchreg.stationarity`.
         converged: `stationarity` ≤ `tol`.
     Raises:
-        ValueError: a penalty is not convex, a selected parameter is missing or already has a prox, there are several
+        ValueError: a penalty is not convex, `params` lacks a selected parameter, there are several
             groups, or `lr` is not positive.
         NotImplementedError: a penalty does not say what its subgradients are.
     Source: Beck and Teboulle, 2009; O'Donoghue and Candès, 2015, for the restart.
@@ -73,7 +78,7 @@ class FISTA(Proximal):
     >>> model = nn.Linear(3, 1, bias=False)
     >>> reg = Regularizer(model, L1(0.5))
     >>> x, y = torch.eye(3), torch.tensor([[3.0], [0.6], [-0.3]])
-    >>> optimizer = FISTA(model.parameters(), reg, tol=1e-5)
+    >>> optimizer = FISTA(model.parameters(), tol=1e-5, regularizer=reg)
     >>> def closure():
     ...     optimizer.zero_grad()
     ...     loss = nn.functional.mse_loss(model(x), y)
@@ -87,37 +92,44 @@ class FISTA(Proximal):
     tensor([[2.2500, 0.0000, 0.0000]])
     """
 
-    _step_size: ClassVar[StepSize] = staticmethod(last_step)
+    _step_size: ClassVar[StepSize] = LineSearchStep()
     not_attachable: ClassVar[str] = (
         "takes its prox inside its line search, where a prox after the step would undo it; give it the regularizer at "
-        "construction: FISTA(params, regularizer)"
+        "construction: FISTA(params, regularizer=reg)"
     )
 
     def __init__(
-        self, params: Any, regularizer: Regularizer, lr: float = 1.0, tol: float | None = None, *, partial: bool = False
+        self,
+        params: Any,
+        lr: float = 1.0,
+        tol: float | None = None,
+        *,
+        regularizer: Regularizer,
+        partial: bool = False,
     ) -> None:
         # What the steps carry on stands in the group too, so that every copy and checkpoint has it.
         defaults = {"lr": lr, "tol": tol, "step_size": None, "t": 1.0, "stationarity": math.inf}
         super().__init__(params, defaults, regularizer=regularizer, partial=partial)
-        assert isinstance(self.attachment, Attachment)
-        try:
-            for binding in self.attachment.held().values():
-                if is_sharded(binding.parameter()):
-                    raise ValueError(
-                        f"{binding.name} is sharded, and the line search needs the whole loss and all gradients in one "
-                        "process; use ProxSGD or ProxAdam"
-                    )
-                if not binding.penalty.convex:
-                    raise ValueError(
-                        f"{binding.name} has the penalty {binding.penalty!r}, which is not convex: momentum and the "
-                        f"line "
-                        "search need that it is; use ProxSGD or ProxAdam"
-                    )
-                if not is_lazy(w := binding.parameter()):
-                    binding.penalty.subgradient(w, torch.zeros_like(w))
-        except Exception:
-            self.attachment.remove()
-            raise
+
+    def _check(self, regularizer: Regularizer) -> None:
+        held = {id(w) for group in self.param_groups for w in group["params"]}
+        bindings = regularizer.resolved_bindings() if isinstance(regularizer, Regularizer) else []
+        for binding in bindings:
+            w = binding.parameter()
+            if id(w) not in held:
+                continue
+            if is_sharded(w):
+                raise ValueError(
+                    f"{binding.name} is sharded, and the line search needs the whole loss and all gradients in one "
+                    "process; use ProxSGD or ProxAdam"
+                )
+            if not binding.penalty.convex:
+                raise ValueError(
+                    f"{binding.name} has the penalty {binding.penalty!r}, which is not convex: momentum and the line "
+                    "search need that it is; use ProxSGD or ProxAdam"
+                )
+            if not is_lazy(w):
+                binding.penalty.subgradient(w, torch.zeros_like(w))
 
     @property
     def stationarity(self) -> float:
@@ -169,6 +181,9 @@ class FISTA(Proximal):
                 "FISTA evaluates the loss several times a step, so it needs a closure: optimizer.step(closure), where "
                 "closure() computes the loss, calls backward() and returns the loss"
             )
+        if self.attachment is not None:
+            self.attachment.check_carries()
+            self.attachment.in_step = True
         params = [w for w in self.param_groups[0]["params"] if w.requires_grad]
         start = [w.clone() for w in params]
         try:
@@ -176,10 +191,13 @@ class FISTA(Proximal):
         except BaseException:
             _write(params, start)
             raise
+        finally:
+            if self.attachment is not None:
+                self.attachment.stepped, self.attachment.in_step = True, False
 
     def _step(self, closure: Callable[[], Any], params: list[Tensor], start: list[Tensor]) -> Any:
         group = self.param_groups[0]
-        carried = {} if self.attachment is None else self.attachment.penalties(self)
+        carried = {} if self.attachment is None else self.attachment.penalties()
         penalties = [carried.get(id(w)) for w in params]
         longer = (1 + math.sqrt(1 + 4 * group["t"] ** 2)) / 2
         momentum = (group["t"] - 1) / longer
@@ -219,7 +237,7 @@ class FISTA(Proximal):
         self, closure: Callable[[], Any], params: list[Tensor], penalties: Sequence[Penalty | None], here: Point
     ) -> tuple[Point, float, float]:
         """The line search from `here`: where it leads, with the step that does and the curvature on the way."""
-        step = last_step(self, self.param_groups[0])
+        step = last_step(self.param_groups[0])
         while step:
             _write(params, [_moved(*part, step) for part in zip(penalties, here.weights, here.gradients, strict=True)])
             there = self._evaluate(closure, params)
@@ -239,9 +257,9 @@ class FISTA(Proximal):
             self.state.pop(w, None)
 
     def _evaluate(self, closure: Callable[[], Any], params: Sequence[Tensor]) -> Point:
-        regularizer = self.regularizer if getattr(self.attachment, "active", False) else None
+        off = contextlib.nullcontext() if self.regularizer is None else self.regularizer.disabled()
         self.zero_grad()
-        with torch.enable_grad(), contextlib.nullcontext() if regularizer is None else regularizer.disabled():
+        with torch.enable_grad(), off:
             loss = closure()
         value = loss.item() if isinstance(loss, Tensor) and loss.numel() == 1 else loss
         if not isinstance(value, Real):

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from torchreg._tensors import is_dense, is_laid_out_like
 from torchreg.binding.regularizer import Regularizer
-from torchreg.optim.attachment import Attachment, Frozen, Prox
-from torchreg.optim.executors.gpu import OnDevice
-from torchreg.optim.executors.low_precision import has_narrow, wide_step
-from torchreg.optim.executors.native import PASSES, OnePass
+from torchreg.optim.attachment import Attachment
+from torchreg.optim.executors.job import Executor
+from torchreg.optim.executors.low_precision import LowPrecision, has_narrow_weights
+from torchreg.optim.executors.native import NativeExecutor
+from torchreg.optim.executors.plain import Plain, Prox
 from torchreg.optim.executors.rounding import Rounding, StochasticRounding
+from torchreg.optim.executors.specs import SPECS
+from torchreg.optim.executors.triton import TritonExecutor
 from torchreg.optim.step_sizes import STEP_SIZES, StepSize
 
-OWN = ("regularizer", "partial", "rounding")
+OWN_ARGUMENTS = ("regularizer", "partial", "rounding")
 """The arguments of a swap-in that its stock class lacks."""
 
-BY_CHANCE = StochasticRounding()
+STOCHASTIC = StochasticRounding()
 
 
 class Proximal(Optimizer):
@@ -33,14 +34,14 @@ class Proximal(Optimizer):
 
     Attributes:
         attachment: the handle of the prox; `attachment.remove()` leaves a stock optimizer.
-        rounding: how weights narrower than float32 come back from the step.
+        rounding: how weights narrower than float32 are rounded after the step.
     """
 
     _stock: ClassVar[type[Optimizer]]
     _step_size: ClassVar[StepSize]
     __signature__: ClassVar[inspect.Signature]
-    attachment: Prox | None = None
-    rounding: Rounding = BY_CHANCE
+    attachment: Attachment | None = None
+    rounding: Rounding = STOCHASTIC
 
     def __init_subclass__(cls, stock: type[Optimizer] | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -50,7 +51,7 @@ class Proximal(Optimizer):
         cls._step_size = STEP_SIZES[cls] = STEP_SIZES[stock]
         # help() and IDEs show the arguments of the stock class, whatever its version has.
         signature = inspect.signature(stock)
-        own = [inspect.signature(Proximal.__init__).parameters[name] for name in OWN]
+        own = [inspect.signature(Proximal.__init__).parameters[name] for name in OWN_ARGUMENTS]
         cls.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *own])
 
     def __init__(
@@ -59,7 +60,7 @@ class Proximal(Optimizer):
         *args: Any,
         regularizer: Regularizer,
         partial: bool = False,
-        rounding: Rounding = BY_CHANCE,
+        rounding: Rounding = STOCHASTIC,
         **kwargs: Any,
     ) -> None:
         if not isinstance(rounding, Rounding):
@@ -69,46 +70,47 @@ class Proximal(Optimizer):
             )
         super().__init__(params, *args, **kwargs)
         self.rounding = rounding
-        Attachment(self, regularizer, self._step_size, partial=partial, hooked=False)
+        self._check(regularizer)
+        self.attachment = Attachment(self, regularizer, self._step_size, partial=partial)
 
     @property
     def regularizer(self) -> Regularizer | None:
-        """The regularizer whose prox this applies; None on a copy made without it."""
-        return self.attachment.regularizer if isinstance(self.attachment, Attachment) else None
+        """The regularizer whose prox this applies; None once the attachment was removed."""
+        return None if self.attachment is None else self.attachment.regularizer
+
+    def _check(self, regularizer: Regularizer) -> None:
+        """Raises where this class cannot carry a penalty of the regularizer, before it takes anything over."""
+
+    @functools.cached_property
+    def _executors(self) -> list[Executor]:
+        """The ways to take a step, in the order in which they are asked."""
+        spec = SPECS[self._stock](self._stock)
+        return [NativeExecutor(spec), TritonExecutor(spec), LowPrecision(), Plain()]
 
     def _unwatched_step(self, closure: Callable[[], Any] | None = None) -> Any:
         if self.attachment is None:
             return _unhooked(self._stock)(self, closure)
+        self.attachment.check_carries()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if not torch.compiler.is_compiling():
             self._eager_step()
-        elif has_narrow(self):
+        elif has_narrow_weights(self):
             self._uncompiled_step()
         else:
-            self.attachment.before(self)
+            prox = Prox(self.attachment.job(self._stock.step, self.rounding))
             with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
                 inspect.unwrap(self._stock.step)(self)
-            self.attachment.apply(self)
+            prox.apply()
+        self.attachment.stepped = True
         return loss
 
     def _eager_step(self) -> None:
         assert self.attachment is not None
-        penalties = self.attachment.penalties(self)
-        if any(one.step(self, penalties, self.rounding) for one in self._one_passes):
-            return
-        if all(penalty is None or penalty.is_zero for penalty in penalties.values()):
-            stock = _unhooked(self._stock)  # bit for bit
-        else:
-            stock = functools.partial(_fused, _unhooked(self._stock))
-            if has_narrow(self):
-                wide_step(self, stock, penalties, self._step_size, self.rounding)
-                return
-        self.attachment.before(self)
-        stock(self)
-        self.attachment.apply(self)
+        job = self.attachment.job(_unhooked(self._stock), self.rounding)
+        next(executor for executor in self._executors if executor.step(job))
 
     # A break in the graph of torch.compile; not torch.compiler.disable, which would load the compiler with the library.
     _uncompiled_step = _disable_dynamo(_eager_step)
@@ -142,34 +144,20 @@ class Proximal(Optimizer):
 
     step.hooked = True  # type: ignore[attr-defined]  # by which torch knows a step that it has wrapped
 
-    @functools.cached_property
-    def _one_passes(self) -> tuple[OnePass, OnDevice]:
-        """Of weights on the CPU and of those on a GPU: each leaves the other's alone."""
-        one = PASSES[self._stock](self._stock)
-        return one, OnDevice(one)
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group as the stock class does; its selected parameters get the prox from now on."""
+        for name in OWN_ARGUMENTS:  # a wrapper keeps the arguments that it hands on in its groups, and in checkpoints
+            param_group.pop(name, None)
         super().add_param_group(param_group)
-        if isinstance(self.attachment, Attachment):
+        if self.attachment is not None:
             try:
-                self.attachment.held()
+                self.attachment.carried()
             except Exception:
                 self.param_groups.pop()
                 raise
 
     def __getstate__(self) -> dict[str, Any]:
-        pairs = self.attachment.pairs if isinstance(self.attachment, Frozen) else []
-        if isinstance(self.attachment, Attachment):
-            pairs = self.attachment.pairs()
-        return {**super().__getstate__(), "rounding": self.rounding, "pairs": pairs}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        pairs = state.pop("pairs", None)  # absent where load_state_dict calls this
-        super().__setstate__(state)
-        if pairs is not None:
-            self.attachment = Frozen(pairs, self._step_size) if pairs else None
+        return {**super().__getstate__(), "rounding": self.rounding, "attachment": self.attachment}
 
 
 class ProxSGD(Proximal, SGD, stock=SGD):
@@ -185,8 +173,8 @@ class ProxSGD(Proximal, SGD, stock=SGD):
         partial: allow that `params` lacks some of them; another optimizer may carry those.
         rounding: how bfloat16 and float16 weights and their state come back from a step, which is in float32.
     Raises:
-        TypeError: `regularizer` or `rounding` is none.
-        ValueError: a selected parameter is missing, or already has a prox.
+        TypeError: `regularizer` is not a Regularizer, or `rounding` not a Rounding.
+        ValueError: `params` lacks a selected parameter.
     Source: Beck and Teboulle, 2009, for the proximal gradient step.
 
     >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -212,8 +200,8 @@ class ProxAdam(Proximal, Adam, stock=Adam):
         partial: allow that `params` lacks some of them; another optimizer may carry those.
         rounding: how bfloat16 and float16 weights and their state come back from a step, which is in float32.
     Raises:
-        TypeError: `regularizer` or `rounding` is none.
-        ValueError: a selected parameter is missing, complex, or already has a prox.
+        TypeError: `regularizer` is not a Regularizer, or `rounding` not a Rounding.
+        ValueError: `params` lacks a selected parameter, or one is complex.
     Source: Yun, Lozano and Yang, 2021 (ProxGen), for the prox in Adam's metric.
 
     >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -239,8 +227,8 @@ class ProxAdamW(Proximal, AdamW, stock=AdamW):
         partial: allow that `params` lacks some of them; another optimizer may carry those.
         rounding: how bfloat16 and float16 weights and their state come back from a step, which is in float32.
     Raises:
-        TypeError: `regularizer` or `rounding` is none.
-        ValueError: a selected parameter is missing, complex, or already has a prox.
+        TypeError: `regularizer` is not a Regularizer, or `rounding` not a Rounding.
+        ValueError: `params` lacks a selected parameter, or one is complex.
     Source: Loshchilov and Hutter, 2019; Yun, Lozano and Yang, 2021 (ProxGen).
 
     >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -259,45 +247,3 @@ def _unhooked(stock: type[Optimizer]) -> Callable[..., Any]:
     while getattr(step, "hooked", False):
         step = step.__wrapped__
     return step  # type: ignore[no-any-return]
-
-
-def _fused(stock: Callable[[Optimizer], Any], optimizer: Optimizer) -> None:
-    """The stock step; where torch may choose, a CPU takes Adam's fused one: the default loop is four times slower.
-
-    Torch's fused SGD fails where some parameters have a momentum buffer and others not yet, and gains little.
-    """
-    groups = [] if isinstance(optimizer, SGD) else [x for x in optimizer.param_groups if _open(x, optimizer.state)]
-    for group in groups:
-        group["fused"] = True
-    try:
-        stock(optimizer)
-    finally:
-        for group in groups:
-            group["fused"] = None
-
-
-def _open(group: dict[str, Any], state: Mapping[Any, Any]) -> bool:
-    return (
-        group["foreach"] is None
-        and group["fused"] is None
-        and not group["differentiable"]
-        and not group.get("capturable")
-        and not isinstance(group["lr"], Tensor)
-        and all(
-            type(parameter) in (Tensor, torch.nn.Parameter)
-            and parameter.is_cpu
-            and parameter.is_floating_point()
-            and (parameter.grad is None or _in_one_order(parameter, state.get(parameter, {})))
-            for parameter in group["params"]
-        )
-    )
-
-
-def _in_one_order(parameter: Tensor, state: Mapping[str, Any]) -> bool:
-    """Weight, gradient and moments lie alike in memory, in which torch's fused CPU step reads them from end to end.
-
-    It does not look at their strides: of a gradient, or a moment out of a checkpoint, in another layout than its weight
-    it would take the entries of others.
-    """
-    others = [parameter.grad, *(x for key, x in state.items() if key != "step")]
-    return is_dense(parameter, None) and all(is_laid_out_like(x, parameter) for x in others if isinstance(x, Tensor))

@@ -9,9 +9,9 @@ learning rate, the momentum or the preconditioner.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
-from typing import Any, ClassVar, Protocol, cast
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,81 +20,121 @@ from torch.optim import ASGD, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, A
 from torchreg._distributed import local_part, unsharded
 from torchreg._tensors import Step, widened
 
-PIECE = 1 << 16
-"""Weights at a time where a CPU goes through a large parameter: its processors' caches hold what belongs to them."""
+Group = dict[str, Any]
+"""The settings of a group of parameters, as in `optimizer.param_groups`."""
+State = dict[str, Any]
+"""The state of a parameter, as in `optimizer.state[parameter]`."""
 
 
-class StepSize(Protocol):
-    """The prox step of one parameter, asked for once after every real step in which it had a gradient and a penalty.
+class StepSize(ABC):
+    """The prox step of a parameter, read from the optimizer's state after each update.
 
-    Three things are optional. An object with a method `before(optimizer, group, parameter)` is told of each parameter
-    just before the update, while the optimizer's state is still the old one; the function that it may return is asked
-    in its stead after this one update. One with `follow(optimizer, group, parameter)` is told so of the updates at
-    strength 0, which need no step but build up a momentum. One with `forget(optimizer, parameter)` is told of the
-    prox's removal.
+    A subclass writes `__call__`. The other methods are optional: they are for a step that follows a momentum, or that
+    needs what the state was before the update. All get the parameter's group of settings and its state, as
+    `optimizer.param_groups` and `optimizer.state[parameter]` have them; what a method adds to the state goes into
+    checkpoints. `torchreg.testing.check_step_size` certifies a step size.
 
-    `torchreg.testing.check_step_size` certifies one.
+    Attributes:
+        elementwise: the step of a weight depends on that weight's entries of the state alone, so that it may be asked
+            for a part of a parameter.
+        diagonal: the step is a tensor, with a number for each weight.
+
+    >>> class Lion(StepSize):  # the sign of a momentum moves each weight by lr; its gradient's size plays no part
+    ...     def __call__(self, group, state, parameter):
+    ...         return group["lr"]
     """
 
-    def __call__(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step: ...
+    elementwise: ClassVar[bool] = False
+    diagonal: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, group: Group, state: State, parameter: Tensor) -> Step:
+        """The step of the update that has just been made: a number, or a tensor that broadcasts against the parameter.
+
+        It reads the state and changes nothing, and it may be called again.
+        """
+
+    def before_update(self, group: Group, state: State, parameter: Tensor) -> Callable[[State], Step] | None:
+        """Is called before each update, while the state is the old one.
+
+        Returns:
+            A function that gives the step of this update from the state after it, instead of `__call__`; or None.
+        """
+        return None
+
+    def after_update(self, group: Group, state: State, parameter: Tensor, skipped: Tensor | None = None) -> None:
+        """Is called after each update of a parameter with a gradient, before the step is read, also at strength 0.
+
+        Args:
+            skipped: not 0 where a fused optimizer left the update out, because a GradScaler has found an infinite
+                gradient; None where there is no such tensor.
+        """
+        return
+
+    def on_detach(self, state: State) -> None:
+        """Is called once the prox is taken off: takes back what the other methods have written into the state."""
+        return
+
+
+class FunctionStep(StepSize):
+    """A step size that is a plain function of group, state and parameter."""
+
+    def __init__(self, function: Callable[[Group, State, Tensor], Step]) -> None:
+        self.function = function
+
+    def __call__(self, group: Group, state: State, parameter: Tensor) -> Step:
+        return self.function(group, state, parameter)
 
 
 # ---------------------------------------------------------------------- momentum
 
-
-class Followed:
-    """A step that follows the optimizer's momentum in a number of its own, which stands in the optimizer's state."""
-
-    KEY: ClassVar[str] = "unit_momentum"
-
-    def follow(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> None:
-        """An update without a prox, through which the momentum builds up all the same."""
-        raise NotImplementedError
-
-    def forget(self, optimizer: Optimizer, parameter: Tensor) -> None:
-        """Once removed, nobody follows the momentum: when attached again, it counts as built up."""
-        optimizer.state.get(parameter, {}).pop(self.KEY, None)
+UNIT_MOMENTUM = "unit_momentum"
+"""The key in a parameter's state under which its momentum, driven by a constant gradient 1, stands."""
 
 
-class BuildUp(Followed):
+class TracksMomentum(StepSize):
+    """A step size that tracks the optimizer's momentum in a number of its own, kept in the optimizer's state."""
+
+    elementwise = True
+
+    def on_detach(self, state: State) -> None:
+        """Forgets the momentum: nobody tracks it from here on, and attached again it counts as built up."""
+        state.pop(UNIT_MOMENTUM, None)
+
+
+class BuildUp(TracksMomentum):
     """A momentum buffer driven by a constant 1: c ← μ·c + gain.
 
     Where the state has a momentum buffer and no c, as after loading a checkpoint of the stock optimizer, c starts at
-    its limit, gain/(1 − μ).
+    its limit, gain/(1 − μ). Otherwise its first value is 1, whatever the gain.
     """
 
-    def before(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> None:
-        momentum = _number(group["momentum"])
-        state = optimizer.state.get(parameter, {})
-        if 0 < momentum < 1 and self.KEY not in state and state.get("momentum_buffer") is not None:
-            state[self.KEY] = self._gain(group) / (1 - momentum)
-
-    def follow(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> None:
-        if _number(group["momentum"]) != 0:
-            self._advanced(optimizer, group, parameter)
-
-    def _gain(self, group: dict[str, Any]) -> Any:
+    def gain(self, group: Group) -> Any:
+        """The factor of the gradient in the buffer."""
         return 1.0
 
-    def _advanced(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Any:
-        """c after this step; its first value is 1, whatever the gain."""
-        state = optimizer.state[parameter]
-        old = _number(state.get(self.KEY))  # a compiled step leaves a tensor
+    def before_update(self, group: Group, state: State, parameter: Tensor) -> None:
+        momentum = as_number(group["momentum"])
+        if 0 < momentum < 1 and UNIT_MOMENTUM not in state and state.get("momentum_buffer") is not None:
+            state[UNIT_MOMENTUM] = self.gain(group) / (1 - momentum)
+
+    def after_update(self, group: Group, state: State, parameter: Tensor, skipped: Tensor | None = None) -> None:
+        momentum = as_number(group["momentum"])
+        if momentum == 0:
+            return
+        old = as_number(state.get(UNIT_MOMENTUM))  # a compiled step leaves a tensor
         if old is None:
             # Distributed checkpoints build the state by a step of zeros at lr 0, which pushes no momentum.
             idle = not isinstance(group["lr"], Tensor) and group["lr"] == 0 and _is_zero(parameter.grad)
             new: Any = 0.0 if idle else 1.0
         else:
-            new = _number(group["momentum"]) * old + self._gain(group)
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None:
-            # A fused optimizer skips a step without telling the host: neither does its momentum build up.
-            found, kept = _number(found_inf.reshape(())), 0.0 if old is None else old
-            new = torch.where(found > 0, kept, new) if isinstance(found, Tensor) else kept if found else new
+            new = momentum * old + self.gain(group)
+        if skipped is not None:
+            found_inf, kept = as_number(skipped.reshape(())), 0.0 if old is None else old
+            new = torch.where(found_inf > 0, kept, new) if isinstance(found_inf, Tensor) else kept if found_inf else new
         if torch.compiler.is_compiling():  # a graph would be one of that number
             new = torch.as_tensor(new, dtype=widened(parameter).real.dtype, device=parameter.device)
-        state[self.KEY] = new
-        return new
+        state[UNIT_MOMENTUM] = new
 
 
 class SGDStep(BuildUp):
@@ -104,83 +144,88 @@ class SGDStep(BuildUp):
     momentum.
     """
 
-    def _gain(self, group: dict[str, Any]) -> Any:
+    def gain(self, group: Group) -> Any:
         return 1 - group["dampening"]
 
-    def __call__(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step:
-        lr, momentum = _number(group["lr"]), _number(group["momentum"])
+    def __call__(self, group: Group, state: State, parameter: Tensor) -> Step:
+        lr, momentum = as_number(group["lr"]), as_number(group["momentum"])
         if momentum == 0:
             return lr
-        c = self._advanced(optimizer, group, parameter)
+        c = as_number(state[UNIT_MOMENTUM])
         return lr * (1 + momentum * c) if group["nesterov"] else lr * c
 
 
-class ASGDStep:
+class ASGDStep(StepSize):
     """η, which ASGD renews after each update: it is read before it.
 
     ASGD's own `lambd` (1e-4 unless changed) is a penalty too: it adds L2(lambd/2) to the problem.
     """
 
-    def before(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Callable[[], Step]:
-        eta = self(optimizer, group, parameter)
-        eta = eta.clone() if isinstance(eta, Tensor) else eta
-        return lambda: eta
+    elementwise = True
 
-    def __call__(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step:
-        eta = optimizer.state.get(parameter, {}).get("eta")
+    def before_update(self, group: Group, state: State, parameter: Tensor) -> Callable[[State], Step]:
+        eta = self(group, state, parameter)
+        eta = eta.clone() if isinstance(eta, Tensor) else eta
+        return lambda state: eta
+
+    def __call__(self, group: Group, state: State, parameter: Tensor) -> Step:
+        eta = state.get("eta")
         if eta is None:  # before the first update, which rounds lr to its counters' type
             lr, double = group["lr"], torch.get_default_dtype() == torch.float64
             place = lr.device if isinstance(lr, Tensor) else "cpu"  # and not the default device
             eta = torch.as_tensor(lr, dtype=torch.float64 if double else torch.float32, device=place)
-        return _number(eta)
+        return as_number(eta)
 
 
 # ---------------------------------------------------------------------- a metric of each weight
 
 
-class Diagonal:
-    """lr over a running size of each weight's gradient: a step that is a tensor, with a number for each weight."""
-
-
-class AdagradStep(Diagonal):
+class AdagradStep(StepSize):
     """lr/(1 + (t − 1)·lr_decay)/(√Σg² + ε), with the initial accumulator in the sum."""
 
-    def __call__(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step:
-        state = optimizer.state[parameter]
-        before = abs(_number(state["step"]) - 1)  # not −1, which a first step skipped by the GradScaler leaves
-        lr = _number(group["lr"]) / (1 + before * group["lr_decay"])
+    diagonal = True
+    elementwise = True
+
+    def __call__(self, group: Group, state: State, parameter: Tensor) -> Step:
+        state = state
+        before = abs(as_number(state["step"]) - 1)  # not −1, which a first step skipped by the GradScaler leaves
+        lr = as_number(group["lr"]) / (1 + before * group["lr_decay"])
         return _over(lr, _root(state["sum"]), group["eps"])
 
 
-class AdadeltaStep(Diagonal):
+class AdadeltaStep(StepSize):
     """lr·√(E[Δ²] + ε)/√(E[g²] + ε), with E[Δ²] as it was before the update and E[g²] as it is after it."""
 
-    def before(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Callable[[], Step]:
-        moved = optimizer.state.get(parameter, {}).get("acc_delta")
+    diagonal = True
+    elementwise = True
+
+    def before_update(self, group: Group, state: State, parameter: Tensor) -> Callable[[State], Step]:
+        moved = state.get("acc_delta")
         moved = torch.zeros_like(parameter) if moved is None else moved.clone()
-        return lambda: self._of(optimizer, group, parameter, moved)
+        return lambda state: self._of(group, state, moved)
 
-    def __call__(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step:
-        return self._of(optimizer, group, parameter, optimizer.state[parameter]["acc_delta"])
+    def __call__(self, group: Group, state: State, parameter: Tensor) -> Step:
+        return self._of(group, state, state["acc_delta"])
 
-    def _of(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor, moved: Tensor) -> Step:
-        square = optimizer.state[parameter]["square_avg"]
-        moved, square = (_here(x) + group["eps"] for x in (moved, square))
-        return _number(group["lr"]) * (moved / square).sqrt()
+    def _of(self, group: Group, state: State, moved: Tensor) -> Step:
+        moved, square = (_local(x) + group["eps"] for x in (moved, state["square_avg"]))
+        return as_number(group["lr"]) * (moved / square).sqrt()
 
 
-class AdafactorStep(Diagonal):
+class AdafactorStep(StepSize):
     """α/(√v̂·max(1, RMS(g/√v̂)/d)): v̂ from the row and column means, α = min(lr, 1/√t)·max(ε₂, RMS(w) before)."""
 
-    def before(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Callable[[], Step]:
+    diagonal = True
+
+    def before_update(self, group: Group, state: State, parameter: Tensor) -> Callable[[State], Step]:
         size = _root_mean_square(parameter)
-        return lambda: self._of(optimizer, group, parameter, size)
+        return lambda state: self._of(group, state, parameter, size)
 
-    def __call__(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step:
-        return self._of(optimizer, group, parameter, _root_mean_square(parameter))
+    def __call__(self, group: Group, state: State, parameter: Tensor) -> Step:
+        return self._of(group, state, parameter, _root_mean_square(parameter))
 
-    def _of(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor, size: Tensor) -> Step:
-        state, floor, (eps1, eps2) = optimizer.state[parameter], torch.finfo(parameter.dtype).eps, group["eps"]
+    def _of(self, group: Group, state: State, parameter: Tensor, size: Tensor) -> Step:
+        floor, (eps1, eps2) = torch.finfo(parameter.dtype).eps, group["eps"]
         eps1 = floor if eps1 is None else eps1
         if "variance" in state:
             square = widened(state["variance"])
@@ -188,13 +233,13 @@ class AdafactorStep(Diagonal):
             rows, columns = widened(state["row_var"]), widened(state["col_var"])
             square = rows @ columns / rows.mean(dim=-2, keepdim=True).clamp(min=eps1)
         scale = square.clamp(min=eps1 * eps1).rsqrt()
-        assert parameter.grad is not None  # it has just taken a step
+        assert parameter.grad is not None  # it has just been updated
         clipped = (_root_mean_square(parameter.grad * scale) / group["d"]).clamp(min=1)
-        lr = min(_number(group["lr"]), 1 / math.sqrt(_number(state["step"])))
+        lr = min(as_number(group["lr"]), 1 / math.sqrt(as_number(state["step"])))
         return scale * (lr * size.clamp(min=eps2) / clipped)
 
 
-class RMSpropStep(BuildUp, Diagonal):
+class RMSpropStep(BuildUp):
     """lr·c/(√v + ε); centered: v less the square of the mean gradient.
 
     c is the build-up of the momentum, as in SGD. The buffer adds up gradients over the √v of their own steps, so with
@@ -202,21 +247,23 @@ class RMSpropStep(BuildUp, Diagonal):
     gradient the centered v cancels to rounding errors, and so does the response.
     """
 
-    def __call__(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step:
-        state, lr = optimizer.state[parameter], _number(group["lr"])
-        square = _here(state["square_avg"])
+    diagonal = True
+
+    def __call__(self, group: Group, state: State, parameter: Tensor) -> Step:
+        lr = as_number(group["lr"])
+        square = _local(state["square_avg"])
         if group["centered"]:
-            mean = _here(state["grad_avg"])
+            mean = _local(state["grad_avg"])
             square = torch.addcmul(square, mean, mean, value=-1).clamp(min=0)
-        if _number(group["momentum"]) > 0:
-            lr = lr * self._advanced(optimizer, group, parameter)
+        if as_number(group["momentum"]) > 0:
+            lr = lr * as_number(state[UNIT_MOMENTUM])
         return _over(lr, _root(square), group["eps"])
 
 
 # ---------------------------------------------------------------------- Adam's kin
 
 
-class AdamKin(Followed, Diagonal):
+class AdamKin(TracksMomentum):
     """m̂ over a running size, where m̂ is the mean of a constant 1 under the optimizer's own bias correction.
 
     m̂ is 1 while β₁ stays as it is. Under a cycled one (the default of `OneCycleLR`) the mean is 1 − Πβ₁ and its
@@ -224,23 +271,23 @@ class AdamKin(Followed, Diagonal):
     steps on the device (capturable, or fused on a GPU), m̂ counts as 1: exact once the mean is built up.
     """
 
-    def follow(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> None:
-        self._mean(optimizer, group, parameter)
+    diagonal = True
 
-    def _mean(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> tuple[Any, Any, Any]:
-        """t, the mean of a constant 1 after t steps, and what corrects its bias: 1 − β₁ᵗ."""
-        state, beta1 = optimizer.state[parameter], _number(group["betas"][0])
-        count = _number(state["step"])
-        bias = _one_less_power(beta1, count)
-        if isinstance(bias, Tensor):
-            state.pop(self.KEY, None)  # nobody follows it from here on
-            return count, bias, bias
-        found_inf = getattr(optimizer, "found_inf", None)
-        skipped = found_inf is not None and bool(found_inf > 0)  # on the host, as is the count, which skips it too
-        # Where nothing stands there, it is the first step, or a checkpoint of the stock optimizer.
-        old = state.get(self.KEY, 1 - beta1 ** (count if skipped else count - 1))
-        state[self.KEY] = new = old if skipped else beta1 * old + (1 - beta1)
-        return count, new, bias
+    def after_update(self, group: Group, state: State, parameter: Tensor, skipped: Tensor | None = None) -> None:
+        beta1, count = as_number(group["betas"][0]), as_number(state["step"])
+        if isinstance(_one_less_power(beta1, count), Tensor):
+            state.pop(UNIT_MOMENTUM, None)  # nobody tracks it from here on
+            return
+        left_out = skipped is not None and bool(skipped > 0)  # on the host, as is the count, which leaves it out too
+        # Where nothing stands there, it is the first update, or a checkpoint of the stock optimizer.
+        mean = state.get(UNIT_MOMENTUM, 1 - beta1 ** (count if left_out else count - 1))
+        state[UNIT_MOMENTUM] = mean if left_out else beta1 * mean + (1 - beta1)
+
+    def mean(self, group: Group, state: State) -> tuple[Any, Any, Any]:
+        """t, the mean of a constant 1 after t updates, and the correction of its bias, 1 − β₁ᵗ."""
+        count = as_number(state["step"])
+        bias = _one_less_power(as_number(group["betas"][0]), count)
+        return count, state.get(UNIT_MOMENTUM, bias), bias
 
 
 class AdamStep(AdamKin):
@@ -249,44 +296,33 @@ class AdamStep(AdamKin):
     AdamW's decay is decoupled from the gradient, so it is no part of the response.
     """
 
-    def __call__(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step:
-        lr, correction = self.numbers(optimizer, group, parameter)
-        square = optimizer.state[parameter]["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-        return _over(lr, _root(square), group["eps"], correction)
-
-    def pieces(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views of the parameter, each with its step, one after the other: what a piece needs stays in the cache."""
-        lr, correction = self.numbers(optimizer, group, parameter)
-        square = optimizer.state[parameter]["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-        for w, v in zip(parameter.view(-1).split(PIECE), square.view(-1).split(PIECE), strict=True):
-            yield w, _over(lr, _root(v), group["eps"], correction)
-
-    def numbers(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> tuple[Any, Any]:
-        """lr·m̂, and the correction of √v: what all weights of a parameter share."""
-        count, mean, bias = self._mean(optimizer, group, parameter)
-        return _number(group["lr"]) * (mean / bias), _one_less_power(group["betas"][1], count) ** 0.5
+    def __call__(self, group: Group, state: State, parameter: Tensor) -> Step:
+        count, mean, bias = self.mean(group, state)
+        square = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+        correction = _one_less_power(group["betas"][1], count) ** 0.5
+        return _over(as_number(group["lr"]) * (mean / bias), _root(square), group["eps"], correction)
 
 
 class AdamaxStep(AdamKin):
     """lr·m̂/u, u the running maximum of |g| + ε."""
 
-    def __call__(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step:
-        _, mean, bias = self._mean(optimizer, group, parameter)
-        largest = _here(optimizer.state[parameter]["exp_inf"])
-        return _over(_number(group["lr"]) * (mean / bias), largest.clone(), 0.0)
+    def __call__(self, group: Group, state: State, parameter: Tensor) -> Step:
+        _, mean, bias = self.mean(group, state)
+        largest = _local(state["exp_inf"])
+        return _over(as_number(group["lr"]) * (mean / bias), largest.clone(), 0.0)
 
 
 class NAdamStep(AdamKin):
     """lr·[(1 − μ_t)/(1 − Πμ) + μ_{t+1}·m/(1 − Πμ·μ_{t+1})]/(√v̂ + ε), m the mean of a constant 1."""
 
-    def __call__(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step:
-        count, mean, _ = self._mean(optimizer, group, parameter)
-        state, (beta1, beta2) = optimizer.state[parameter], group["betas"]
+    def __call__(self, group: Group, state: State, parameter: Tensor) -> Step:
+        count, mean, _ = self.mean(group, state)
+        beta1, beta2 = group["betas"]
         now, then = (beta1 * (1 - 0.5 * 0.96 ** (t * group["momentum_decay"])) for t in (count, count + 1))
-        product = _number(state["mu_product"])
+        product = as_number(state["mu_product"])
         ahead = (1 - now) / (1 - product) + then * mean / (1 - product * then)
         correction = _one_less_power(beta2, count) ** 0.5
-        return _over(_number(group["lr"]) * ahead, _root(state["exp_avg_sq"]), group["eps"], correction)
+        return _over(as_number(group["lr"]) * ahead, _root(state["exp_avg_sq"]), group["eps"], correction)
 
 
 class RAdamStep(AdamKin):
@@ -295,9 +331,9 @@ class RAdamStep(AdamKin):
     The first steps are plain SGD: they diverge if lr > 2/L.
     """
 
-    def __call__(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step:
-        count, mean, bias = self._mean(optimizer, group, parameter)
-        lr, beta2 = _number(group["lr"]) * (mean / bias), group["betas"][1]
+    def __call__(self, group: Group, state: State, parameter: Tensor) -> Step:
+        count, mean, bias = self.mean(group, state)
+        lr, beta2 = as_number(group["lr"]) * (mean / bias), group["betas"][1]
         bias2 = _one_less_power(beta2, count)
         longest = 2 / (1 - beta2) - 1
         length = longest - 2 * count * (1 - bias2) / bias2
@@ -305,52 +341,53 @@ class RAdamStep(AdamKin):
             return lr
         ratio = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
         scale = (ratio * bias2) ** 0.5
-        adaptive = _over(lr * scale, _root(optimizer.state[parameter]["exp_avg_sq"]), group["eps"])
+        adaptive = _over(lr * scale, _root(state["exp_avg_sq"]), group["eps"])
         return torch.where(length > 5, adaptive, lr) if isinstance(length, Tensor) else adaptive
 
 
-def learning_rate(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step:
+def learning_rate(group: Group, state: State, parameter: Tensor) -> Step:
     """The learning rate of the parameter's group as the prox step, for `attach(..., step_size=learning_rate)`.
 
     It is the unit response of plain SGD. Under momentum or a preconditioner it solves another problem than the one
     written: under Adam with a penalty λ its stationary points are those of λ·(√v̂ + ε), another λ for each weight.
     """
-    return _number(group["lr"])
+    return as_number(group["lr"])
 
 
-# ---------------------------------------------------------------------- a look from outside
+# ---------------------------------------------------------------------- parts of a parameter
 
 
-def present_step(step_size: StepSize, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Step:
-    """The step that the optimizer's state gives now, for a monitor: nothing of the state moves on.
-
-    Returns:
-        A number, or the steps of some 1,000 weights spread evenly over `parameter`, whose sharded state is gathered. β₁
-        counts as constant, and of SGD's momentum it is the coming step. It is 0 while the state that the step needs is
-        not there, and for a `step_size` of the user's that is told of each update.
-    """
-    state = optimizer.state.get(parameter) or {}
-    begun = _number(state["step"]) if "step" in state else state  # Adagrad has a state from the beginning
-    stateless = isinstance(step_size, (SGDStep, ASGDStep)) or step_size is learning_rate
-    if not stateless and not isinstance(begun, Tensor) and not begun:
-        return 0.0
-    if isinstance(step_size, AdafactorStep):  # its step of one weight is made of those of all
-        return step_size(optimizer, group, parameter) if parameter.grad is not None else 0.0
-    if not isinstance(step_size, _OF_SINGLE_WEIGHTS):
-        told = hasattr(step_size, "before") or hasattr(step_size, "follow")
-        return 0.0 if told else step_size(optimizer, group, parameter)
-    stride = max(1, parameter.numel() // 1000)
-    while math.gcd(stride, parameter.numel()) > 1:  # else it would see some columns again and again, and others never
-        stride += 1
-    seen = {
-        key: unsharded(value.detach()).reshape(-1)[::stride]
+def part_of_state(state: State, parameter: Tensor, part: slice) -> State:
+    """The state of some entries of a parameter, in their flat order: what an elementwise step size needs for them."""
+    return {
+        key: unsharded(value.detach()).reshape(-1)[part]
         if isinstance(value, Tensor) and value.shape == parameter.shape
         else value
         for key, value in state.items()
     }
-    if isinstance(step_size, AdamKin):
-        seen.pop(AdamKin.KEY, None)
-    return step_size(cast(Optimizer, SimpleNamespace(state={parameter: seen})), group, parameter)
+
+
+def sampled_step(step_size: StepSize, group: Group, state: State, parameter: Tensor) -> Step:
+    """The prox step of the last update, for a monitor; the state stays as it is.
+
+    Returns:
+        A number, or the steps of some 1,000 weights spread evenly over `parameter`, whose sharded state is gathered. It
+        is 0 before the first update, and for a step size that is known during the update alone.
+    """
+    count = as_number(state.get("step", 1))
+    if not isinstance(count, Tensor) and not count:  # no update yet, or a GradScaler has skipped the first
+        return 0.0
+    if isinstance(step_size, AdafactorStep) and parameter.grad is None:
+        return 0.0
+    if step_size.elementwise:
+        stride = max(1, parameter.numel() // 1000)
+        while math.gcd(stride, parameter.numel()) > 1:  # else it would sample some columns again and again
+            stride += 1
+        state = part_of_state(state, parameter, slice(None, None, stride))
+    try:
+        return step_size(group, state, parameter)
+    except KeyError:  # the state is not there yet
+        return 0.0
 
 
 # ---------------------------------------------------------------------- which class has which
@@ -370,7 +407,6 @@ STOCK: dict[type[Optimizer], StepSize] = {
     Adafactor: AdafactorStep(),
     ASGD: ASGDStep(),
 }
-_OF_SINGLE_WEIGHTS = (SGDStep, ASGDStep, AdagradStep, AdadeltaStep, RMSpropStep, AdamKin)
 STEP_SIZES = dict(STOCK)
 """By exact class, the swap-ins too: a subclass may step otherwise."""
 
@@ -397,7 +433,7 @@ def step_size_of(optimizer: Optimizer) -> StepSize:
         raise ValueError(
             f"{kind} has no known unit response ({WHY_NOT.get(kind, 'it is no class of torch.optim')}), so no prox "
             f"step gives the penalty its own solution; use one of {', '.join(known.__name__ for known in STOCK)}, "
-            "add reg() to the loss, or pass step_size=fn(optimizer, group, parameter), which testing.check_step_size "
+            "add reg() to the loss, or pass step_size=fn(group, state, parameter), which testing.check_step_size "
             "certifies"
         ) from None
 
@@ -405,7 +441,7 @@ def step_size_of(optimizer: Optimizer) -> StepSize:
 # ---------------------------------------------------------------------- numbers and roots
 
 
-def _number(value: Any) -> Any:
+def as_number(value: Any) -> Any:
     """A tensor setting as a number where reading it costs no synchronization: on the CPU, outside a graph."""
     if isinstance(value, Tensor) and value.device.type == "cpu" and not value.requires_grad:
         return value if torch.compiler.is_compiling() else value.item()
@@ -414,7 +450,7 @@ def _number(value: Any) -> Any:
 
 def _one_less_power(base: Any, count: Any) -> Any:
     """1 − baseᵗ, the correction of a running mean's bias; 1 where no step was taken yet: the first one was skipped."""
-    base = _number(base)
+    base = as_number(base)
     if isinstance(count, Tensor):  # on the device, in float32, where 1 − baseᵗ would cancel
         log = base.log() if isinstance(base, Tensor) else math.log(base) if base > 0 else -math.inf
         return -torch.expm1(count * log)
@@ -425,8 +461,8 @@ def _is_zero(x: Tensor | None) -> bool:
     return x is not None and not torch.compiler.is_compiling() and not bool(unsharded(x.abs().sum()))
 
 
-def _here(x: Tensor) -> Tensor:
-    """What this process has of it, float32 or wider."""
+def _local(x: Tensor) -> Tensor:
+    """The part of `x` that this process has, in float32 or wider."""
     return widened(local_part(x))
 
 
@@ -435,7 +471,7 @@ def _root(square: Tensor) -> Tensor:
 
     A CPU's sqrt is ten times slower on zeros, of which a sparse net has many; 1/rsqrt is not.
     """
-    square = _here(square)
+    square = _local(square)
     return square.sqrt() if square.requires_grad else square.rsqrt().reciprocal_()
 
 

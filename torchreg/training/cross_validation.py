@@ -11,16 +11,8 @@ from torch import Tensor
 
 from torchreg._tables import render_table
 from torchreg.binding.regularizer import Regularizer
-from torchreg.training.paths import (
-    Fit,
-    PathPoint,
-    RegularizationPath,
-    Score,
-    check_regularizer,
-    checked_grid,
-    path,
-    put_back,
-)
+from torchreg.training.paths import PathPoint, RegularizationPath, Score, checked_grid, path
+from torchreg.training.session import Fit, check_regularizer, put_back
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,11 +93,13 @@ class CrossValidation:
         return render_table(["λ", "mean score", "± 1 SE", "left", "chosen"], rows, right=range(4))
 
 
-def cross_validate(reg: Regularizer, folds: Iterable[tuple[Fit, Score]], lambdas: Iterable[float]) -> CrossValidation:
+def cross_validate(
+    regularizer: Regularizer, folds: Iterable[tuple[Fit, Score]], lambdas: Iterable[float]
+) -> CrossValidation:
     """Walks one path for each fold, all over the same grid and from the same weights.
 
     Args:
-        reg: the penalties, and through them the model; both are left as they were.
+        regularizer: the penalties, and through them the model; both are left as they were.
         folds: (fit, score) of each, as in `path`: `fit` trains on the rows of the fold, `score` is taken on those that
             it holds out. At least two.
         lambdas: the grid, as in `path`; `lambda_grid` of all the data, say.
@@ -132,7 +126,7 @@ def cross_validate(reg: Regularizer, folds: Iterable[tuple[Fit, Score]], lambdas
     0.25       -0.21  0.0375   4.0  best
        0       -0.31   0.162   4.0
     """
-    check_regularizer(reg)
+    check_regularizer(regularizer)
     grid = checked_grid(lambdas)
     pairs = list(folds)
     for pair in pairs:
@@ -143,12 +137,12 @@ def cross_validate(reg: Regularizer, folds: Iterable[tuple[Fit, Score]], lambdas
             f"{len(pairs)} folds give no standard error; give at least two, or for a single split "
             "path(reg, fit, lambdas=lambdas, score=score).best()"
         )
-    return CrossValidation(grid, tuple(_walked(reg, fit, score, grid) for fit, score in pairs))
+    return CrossValidation(grid, tuple(_walked(regularizer, fit, score, grid) for fit, score in pairs))
 
 
-def _walked(reg: Regularizer, fit: Fit, score: Score, grid: Sequence[float]) -> RegularizationPath:
-    with put_back(reg):
-        return path(reg, fit, lambdas=grid, score=score, keep=_scores_alone)
+def _walked(regularizer: Regularizer, fit: Fit, score: Score, grid: Sequence[float]) -> RegularizationPath:
+    with put_back(regularizer):
+        return path(regularizer, fit, lambdas=grid, score=score, keep=_scores_alone)
 
 
 def _scores_alone(walked: RegularizationPath) -> Iterable[PathPoint]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import gc
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, overload
@@ -22,10 +20,8 @@ from torchreg.binding.regularizer import Regularizer
 from torchreg.binding.selection import unwrapped
 from torchreg.inspection.certificates import Closure, lambda_max
 from torchreg.inspection.zero_counts import sparsity
-from torchreg.optim.attachment import Attachment
+from torchreg.training.session import Fit, check_regularizer, copied, evaluating, fitting, put_back, rng_states, set_rng
 
-Fit = Callable[[nn.Module, Regularizer], object]
-"""Trains the model from the weights that it has, under the penalties of the regularizer; what it returns is ignored."""
 Score = Callable[[nn.Module], float]
 """What the model is worth, on data that it was not trained on: higher is better."""
 Strengths = dict[str, dict[str, float]]
@@ -63,16 +59,16 @@ class PathPoint:
         """loss + penalty; None without a closure."""
         return None if self.loss is None else self.loss + self.penalty
 
-    def load_into(self, reg: Regularizer) -> None:
-        """Puts the model of `reg` and its strengths where they were at this point.
+    def load_into(self, regularizer: Regularizer) -> None:
+        """Puts the model of `regularizer` and its strengths where they were at this point.
 
         Raises:
-            ValueError: the weights were not kept, or `reg` has other terms. Nothing has changed then.
-            RuntimeError: the model of `reg` is another one.
+            ValueError: the weights were not kept, or `regularizer` has other terms. Nothing has changed then.
+            RuntimeError: the model of `regularizer` is another one.
         """
         state = self._kept()
-        reg.load_state_dict(self.strengths)
-        reg.model.load_state_dict(state)
+        regularizer.load_state_dict(self.strengths)
+        regularizer.model.load_state_dict(state)
 
     def _kept(self) -> dict[str, Any]:
         if self.state is None:
@@ -231,7 +227,7 @@ class Patience:
 
 
 def path(
-    reg: Regularizer,
+    regularizer: Regularizer,
     fit: Fit,
     closure: Closure | None = None,
     *,
@@ -241,20 +237,20 @@ def path(
     keep: Keep | None = None,
     into: RegularizationPath | None = None,
 ) -> RegularizationPath:
-    """Fits the model of `reg` at one λ after the other, each time from the weights of the last: a warm start.
+    """Fits the model of `regularizer` at one λ after the other, each time from the weights of the last: a warm start.
 
-    λ is the first strength of `reg` that is not 0; all others move in proportion to it: from `ElasticNet(1e-3, 1e-4)`
-    the path keeps l2 = l1/10, as scikit-learn's `enet_path` keeps its `l1_ratio`. The path sets the strengths and
-    starts each fit with every `factor` at 1, so a schedule within `fit` may move that.
+    λ is the first strength of `regularizer` that is not 0; all others move in proportion to it: from
+    `ElasticNet(1e-3, 1e-4)` the path keeps l2 = l1/10, as scikit-learn's `enet_path` keeps its `l1_ratio`. The path
+    sets the strengths and starts each fit with every `factor` at 1, so a schedule within `fit` may move that.
 
     The grid is walked as it stands. Down from λ_max, the default, it goes from no weights to many: right for a linear
     model, whose solution at λ_max is known. A network is better walked up, from the dense one down in weights, as
     LassoNet does: neurons that have died do not come back.
 
     Args:
-        reg: the penalties, and through them the model.
-        fit: `fit(model, reg)` trains the model as always, to convergence where it is convex, with an optimizer of its
-            own; it need not know of λ. It starts from the weights that are there.
+        regularizer: the penalties, and through them the model.
+        fit: `fit(model, regularizer)` trains the model as always, to convergence where it is convex, with an optimizer
+            of its own; it need not know of λ. It starts from the weights that are there.
         closure: the data loss, as in `lambda_max`: for the grid, and for `loss` and `objective` of the points.
         lambdas: the grid, of numbers ≥ 0; None is `lambda_grid(reg, fit, closure)`.
         score: `score(model)`, higher is better.
@@ -266,12 +262,12 @@ def path(
             broken off, or loaded, goes on after its last point, from its weights and the state that torch's random
             generators had: bit for bit as if it had gone through. `lambdas` may then give it a longer grid.
     Returns:
-        The path. Model and `reg` are left at its last point, after an exception too (before the first point, as they
-        were). For `score` and `closure` the model is in evaluation mode.
+        The path. Model and `regularizer` are left at its last point, after an exception too (before the first point, as
+        they were). For `score` and `closure` the model is in evaluation mode.
     Raises:
-        TypeError: `reg` is no regularizer, something cannot be called, or the score is no number.
-        ValueError: there is neither a grid nor a closure, a λ is negative or not finite, all strengths are 0, `reg` is
-            disabled, or `into` is a path of other terms or another grid. Nothing has changed then.
+        TypeError: `regularizer` is no regularizer, something cannot be called, or the score is no number.
+        ValueError: there is neither a grid nor a closure, a λ is negative or not finite, all strengths are 0,
+            `regularizer` is disabled, or `into` is a path of other terms or another grid. Nothing has changed then.
     Source: Friedman, Hastie and Tibshirani, 2010, for the grid and the warm starts; Lemhadri et al., 2021 (LassoNet),
         for the way up.
 
@@ -291,45 +287,45 @@ def path(
     0.4   66.67%     1         1     0.96       1.23
     0.1    0.00%     3         3    0.345     0.3675
     """
-    check_regularizer(reg)
+    check_regularizer(regularizer)
     if not isinstance(into, RegularizationPath | None):
         raise TypeError(f"into is a {type(into).__name__}; pass a RegularizationPath(), empty or to go on with")
     for name, value in {"fit": fit, "closure": closure, "score": score, "stop": stop, "keep": keep}.items():
         _check_callable(name, value, needed=name == "fit")
-    if not reg.enabled:
-        raise ValueError("reg is disabled, so that every λ would give the same model; call reg.enable() first")
+    if not regularizer.enabled:
+        raise ValueError("regularizer is disabled, so that every λ would give the same model; call reg.enable() first")
     walked = RegularizationPath() if into is None else into
-    names, proportions = [name for name, _ in reg.named_parameters()], _proportions(reg)
+    names, proportions = [name for name, _ in regularizer.named_parameters()], _proportions(regularizer)
     grid = None if lambdas is None else checked_grid(lambdas)
     if walked.lambdas:
         _check_same(walked, names, proportions, grid)
         if walked:
-            walked[-1].load_into(reg)
+            walked[-1].load_into(regularizer)
         set_rng(walked._rng)
     else:
         if grid is None:
             if closure is None:
                 raise ValueError("there is no grid; pass lambdas, or the closure from whose gradients λ_max follows")
-            grid = lambda_grid(reg, fit, closure)
-        walked._names, walked._proportions, walked._rng = names, proportions, rng_states(reg.model)
+            grid = lambda_grid(regularizer, fit, closure)
+        walked._names, walked._proportions, walked._rng = names, proportions, rng_states(regularizer.model)
     walked.lambdas = grid or walked.lambdas
 
-    back = (copied(reg.model.state_dict()), reg.state_dict())
+    back = (copied(regularizer.model.state_dict()), regularizer.state_dict())
     if walked and stop is not None and stop(walked):
         return walked
     for strength in walked.lambdas[len(walked) :]:
         try:
-            _set(reg, strength, walked._proportions)
-            with fitting(reg):
-                fit(reg.model, reg)
-            point = _measured(reg, strength, closure, score)
+            _set(regularizer, strength, walked._proportions)
+            with fitting(regularizer):
+                fit(regularizer.model, regularizer)
+            point = _measured(regularizer, strength, closure, score)
         except BaseException:
-            reg.model.load_state_dict(back[0])
-            reg.load_state_dict(back[1])
+            regularizer.model.load_state_dict(back[0])
+            regularizer.load_state_dict(back[1])
             raise
         assert point.state is not None
         back = point.state, point.strengths
-        walked._rng = rng_states(reg.model)
+        walked._rng = rng_states(regularizer.model)
         walked._points.append(point)
         if keep is not None:
             kept = {id(one) for one in keep(walked)} | {id(point)}
@@ -342,23 +338,23 @@ def path(
 
 
 def lambda_grid(
-    reg: Regularizer, fit: Fit, closure: Closure, *, n: int = 100, ratio: float = 1e-3
+    regularizer: Regularizer, fit: Fit, closure: Closure, *, n: int = 100, ratio: float = 1e-3
 ) -> tuple[float, ...]:
     """`n` values of λ, from λ_max down to ratio·λ_max, each the same factor below the last.
 
     λ_max is the smallest λ at which all weights that can be zero are zero. It depends on the parameters that train
     without a penalty (the intercept, say). Where there are such, they are fitted first: `fit` is called once or twice
     with the other weights at zero and a λ that keeps them there, and λ_max is rounded up by 10√ε of the weights' dtype.
-    Model and `reg` are left as they were.
+    Model and `regularizer` are left as they were.
 
     Args:
-        reg, fit, closure: as in `path`.
+        regularizer, fit, closure: as in `path`.
         n: how many, at least 1.
         ratio: the smallest λ over the largest, between 0 and 1.
     Returns:
-        λ in the units of `path`: of the first strength of `reg` that is not 0.
+        λ in the units of `path`: of the first strength of `regularizer` that is not 0.
     Raises:
-        TypeError: `reg` is no regularizer, something cannot be called, or `n` or `ratio` is no number.
+        TypeError: `regularizer` is no regularizer, something cannot be called, or `n` or `ratio` is no number.
         ValueError: `n` or `ratio` is out of range, no term holds a weight at zero, or λ_max is 0 or not finite, as it
             may be for a deep network: at zero weights little has a gradient.
     Source: Friedman, Hastie and Tibshirani, 2010, section 2.5; scikit-learn's `lasso_path` has the same defaults.
@@ -369,36 +365,36 @@ def lambda_grid(
     >>> lambda_grid(reg, print, lambda: nn.functional.mse_loss(model(x), y), n=3, ratio=0.25)  # no intercept to fit
     (2.0, 1.0, 0.5)
     """
-    check_regularizer(reg)
+    check_regularizer(regularizer)
     whole_number("n", n)
     ratio = nonnegative("ratio", ratio, "it is the smallest λ over the largest, such as 1e-3")
     if not 0 < ratio < 1:
         raise ValueError(f"ratio={ratio!r} must lie between 0 and 1; it is the smallest λ over the largest")
     _check_callable("fit", fit, needed=True)
-    largest = _largest(reg, fit, closure)
+    largest = _largest(regularizer, fit, closure)
     return tuple(largest * ratio ** (i / max(n - 1, 1)) for i in range(n))
 
 
-def _largest(reg: Regularizer, fit: Fit, closure: Closure) -> float:
+def _largest(regularizer: Regularizer, fit: Fit, closure: Closure) -> float:
     """λ_max of all terms together, with whatever trains without a penalty fitted."""
-    largest, held = _lambda_max(reg, closure)
+    largest, held = _lambda_max(regularizer, closure)
 
     def corner(binding: Binding) -> Tensor:
         w = binding.parameter().detach()
         return torch.zeros_like(w) if binding.anchor is None else binding.anchor.to(w)
 
     own = {id(binding.parameter()) for binding in held}
-    if all(id(w) in own for w in reg.model.parameters() if w.requires_grad):
+    if all(id(w) in own for w in regularizer.model.parameters() if w.requires_grad):
         return largest
-    with put_back(reg):
+    with put_back(regularizer):
         for _ in range(2):  # the first λ_max, of an intercept that is not fitted, may be too small by chance
             for binding in held:
                 binding.parameter().data.copy_(corner(binding))
             # A penalty holds them there: frozen weights would leave an optimizer's certificate nothing to compare with.
-            _set(reg, 10 * largest, _proportions(reg))
-            with fitting(reg):
-                fit(reg.model, reg)
-            largest, _ = _lambda_max(reg, closure)
+            _set(regularizer, 10 * largest, _proportions(regularizer))
+            with fitting(regularizer):
+                fit(regularizer.model, regularizer)
+            largest, _ = _lambda_max(regularizer, closure)
             if all(torch.equal(binding.parameter(), corner(binding)) for binding in held):
                 break
     # A fit finds an intercept to some √ε, and at a λ_max that is too small by as much a weight would already live.
@@ -406,40 +402,44 @@ def _largest(reg: Regularizer, fit: Fit, closure: Closure) -> float:
     return largest * (1 + 10 * math.sqrt(precision))
 
 
-def _lambda_max(reg: Regularizer, closure: Closure) -> tuple[float, list[Binding]]:
+def _lambda_max(regularizer: Regularizer, closure: Closure) -> tuple[float, list[Binding]]:
     """The smallest λ that holds at zero all weights that a penalty can hold there; and these."""
-    with evaluating(reg.model):
-        found = lambda_max(reg, closure)
-    firsts = {key: next(filter(None, shares.values()), 0.0) for key, shares in _proportions(reg).items()}
+    with evaluating(regularizer.model):
+        found = lambda_max(regularizer, closure)
+    firsts = {key: next(filter(None, shares.values()), 0.0) for key, shares in _proportions(regularizer).items()}
     candidates = {key: found[key] / first for key, first in firsts.items() if first and found[key] != math.inf}
     if not candidates:
         raise ValueError(
-            f"{reg!r} has no term that holds a weight at zero (L2 does not), so there is no λ_max; pass lambdas, such "
-            "as [10 ** (-i / 10) for i in range(30)]"
+            f"{regularizer!r} has no term that holds a weight at zero (L2 does not), so there is no λ_max; pass "
+            "lambdas, such as [10 ** (-i / 10) for i in range(30)]"
         )
     if not 0 < sum(candidates.values()) < math.inf:  # NaN too
         raise ValueError(
             f"λ_max is {max(candidates.values()):g}: at zero weights the loss has no gradient to weigh λ against, as "
             "in a network of several layers; pass lambdas, from small to large, and walk up from the dense network"
         )
-    bindings = [b for b in reg._current() if b.term.key in candidates and b.scale and b.parameter().requires_grad]
+    bindings = [
+        b for b in regularizer.bindings() if b.term.key in candidates and b.scale and b.parameter().requires_grad
+    ]
     return max(candidates.values()), bindings
 
 
 # ---------------------------------------------------------------------- one point
 
 
-def _proportions(reg: Regularizer) -> Strengths:
+def _proportions(regularizer: Regularizer) -> Strengths:
     """Every strength over the first that is not 0, which is λ."""
-    strengths = {key: term.strengths for key, term in reg.terms.items()}
+    strengths = {key: term.strengths for key, term in regularizer.terms.items()}
     first = next((value for values in strengths.values() for value in values.values() if value), None)
     if first is None:
-        raise ValueError(f"every strength of {reg!r} is 0, which leaves no proportion to walk in; write L1(1.0)")
+        raise ValueError(
+            f"every strength of {regularizer!r} is 0, which leaves no proportion to walk in; write L1(1.0)"
+        )
     return {key: {name: value / first for name, value in values.items()} for key, values in strengths.items()}
 
 
-def _set(reg: Regularizer, strength: float, proportions: Strengths) -> None:
-    reg.load_state_dict(
+def _set(regularizer: Regularizer, strength: float, proportions: Strengths) -> None:
+    regularizer.load_state_dict(
         {
             key: {**{name: strength * share for name, share in shares.items()}, "factor": 1.0}
             for key, shares in proportions.items()
@@ -447,16 +447,16 @@ def _set(reg: Regularizer, strength: float, proportions: Strengths) -> None:
     )
 
 
-def _measured(reg: Regularizer, strength: float, closure: Closure | None, score: Score | None) -> PathPoint:
+def _measured(regularizer: Regularizer, strength: float, closure: Closure | None, score: Score | None) -> PathPoint:
     """The point of the path at which the model stands."""
-    with evaluating(reg.model), torch.no_grad():
-        worth = None if score is None else _number("score", score(reg.model))
+    with evaluating(regularizer.model), torch.no_grad():
+        worth = None if score is None else _number("score", score(regularizer.model))
         loss = None
         if closure is not None:
-            with reg.disabled():
+            with regularizer.disabled():
                 loss = _number("closure", closure())
-        penalty = reg().item()
-    found = sparsity(reg)
+        penalty = regularizer().item()
+    found = sparsity(regularizer)
     first = found.layers[0]
     return PathPoint(
         strength,
@@ -466,8 +466,8 @@ def _measured(reg: Regularizer, strength: float, closure: Closure | None, score:
         first.inputs - first.dead_inputs,
         penalty,
         loss,
-        reg.state_dict(),
-        copied(reg.model.state_dict()),
+        regularizer.state_dict(),
+        copied(regularizer.model.state_dict()),
     )
 
 
@@ -479,81 +479,7 @@ def _number(name: str, value: object) -> float:
     return float(number)
 
 
-def copied(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy on the CPU: `state_dict()` aliases the live weights."""
-    return {
-        key: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
-        for key, value in state.items()
-    }
-
-
-# ---------------------------------------------------------------------- what a fit may leave behind
-
-
-@contextlib.contextmanager
-def put_back(reg: Regularizer) -> Iterator[None]:
-    """After the block, model and strengths are what they were before it."""
-    state, strengths = copied(reg.model.state_dict()), reg.state_dict()
-    try:
-        yield
-    finally:
-        reg.model.load_state_dict(state)
-        reg.load_state_dict(strengths)
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; after the block every module is in the mode that it had."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextlib.contextmanager
-def fitting(reg: Regularizer) -> Iterator[None]:
-    """Lets go of the optimizers that a fit makes for itself: the next one brings its own."""
-    before = [reference() for reference, _ in reg._routes]
-
-    def left() -> list[Attachment]:
-        routes = [reference() for reference, _ in reg._routes]
-        return [route for route in routes if isinstance(route, Attachment) and route.alive and route not in before]
-
-    try:
-        yield
-    except BaseException:
-        for route in left():  # the traceback holds the optimizer, which nobody will step any more
-            route.remove()
-        raise
-    if left():
-        gc.collect()  # a trainer and its optimizer may hold each other
-    reg._forget_dead()
-
-
-def rng_states(model: nn.Module) -> dict[str, Tensor]:
-    """The states of torch's random generators, of the CPU and where the model is."""
-    cuda = {str(w.device): torch.cuda.get_rng_state(w.device) for w in model.parameters() if w.is_cuda}
-    return {"cpu": torch.get_rng_state(), **cuda}
-
-
-def set_rng(states: Mapping[str, Tensor]) -> None:
-    for device, state in states.items():
-        if device == "cpu":
-            torch.set_rng_state(state)
-        elif torch.cuda.is_available():
-            torch.cuda.set_rng_state(state, device)
-
-
 # ---------------------------------------------------------------------- what was given
-
-
-def check_regularizer(reg: object) -> None:
-    """Raises unless it is one."""
-    if not isinstance(reg, Regularizer):
-        raise TypeError(f"reg is a {type(reg).__name__}; build one first: Regularizer(model, L1(1e-4))")
 
 
 def checked_grid(lambdas: object) -> tuple[float, ...]:
@@ -578,8 +504,8 @@ def _check_same(
     """Raises where a path cannot go on as asked."""
     if list(names) != walked._names:
         raise ValueError(
-            f"into is a path of {', '.join(walked._names)}, and reg selects {', '.join(names)}; pass the regularizer "
-            "it was walked with, or a new RegularizationPath()"
+            f"into is a path of {', '.join(walked._names)}, and regularizer selects {', '.join(names)}; pass the "
+            "regularizer it was walked with, or a new RegularizationPath()"
         )
     ours, theirs = (
         {(key, name): share for key, shares in found.items() for name, share in shares.items()}
@@ -587,8 +513,8 @@ def _check_same(
     )
     if ours.keys() != theirs.keys() or not all(math.isclose(ours[key], theirs[key]) for key in ours):
         raise ValueError(
-            f"into was walked with strengths in the proportions {walked._proportions}, and reg has {proportions}; pass "
-            "the regularizer it was walked with, or a new RegularizationPath()"
+            f"into was walked with strengths in the proportions {walked._proportions}, and regularizer has "
+            f"{proportions}; pass the regularizer it was walked with, or a new RegularizationPath()"
         )
     done = [point.strength for point in walked]
     if grid is not None and list(grid[: len(done)]) != done:

@@ -87,7 +87,7 @@ def freeze_zeros(regularizer: Regularizer, optimizer: Optimizer) -> FrozenZeros:
             f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}; pass the optimizer of the refit"
         )
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    bindings = regularizer._current()
+    bindings = regularizer.bindings()
     if missing := [binding.name for binding in bindings if id(binding.parameter()) not in own]:
         raise ValueError(
             f"{type(optimizer).__name__} does not hold the selected {', '.join(missing)}, whose zeros it would have to "
@@ -136,7 +136,7 @@ def copy_zeros_(regularizer: Regularizer, model: nn.Module) -> None:
             f"expected a Regularizer, whose model has the zeros, got {type(regularizer).__name__}; "
             "build one: Regularizer(model, L1(1e-4))"
         )
-    bindings = regularizer._current()
+    bindings = regularizer.bindings()
     places = {name: entry for entry in named_parameters(model) for name in entry.names}
     for binding in bindings:
         shape = tuple(binding.parameter().shape)

@@ -12,6 +12,19 @@ from typing import cast
 from torchreg._checks import checked_state, nonnegative, whole_number
 from torchreg.binding.regularizer import Regularizer
 
+__all__ = [
+    "Chain",
+    "Constant",
+    "Cosine",
+    "Cubic",
+    "Exponential",
+    "Geometric",
+    "Linear",
+    "Polynomial",
+    "Schedule",
+    "Steps",
+]
+
 Curve = Callable[[int], float]
 """Gives the value at each step, 0 the first: one of the curves here, or any function."""
 
@@ -267,7 +280,7 @@ class Chain:
         if not curves:
             raise ValueError("a chain of no curves has no value; pass one or more, such as Linear(0, 1, steps=1000)")
         for curve in curves:
-            _check_curve(curve)
+            check_curve(curve)
         lengths = [getattr(curve, "steps", None) for curve in curves]
         for curve, length in zip(curves[:-1], lengths[:-1], strict=True):
             if length is None:
@@ -331,7 +344,7 @@ class Schedule:
         for term, own in curves.items():
             if term not in terms:
                 raise ValueError(f"no term {term!r} to schedule; the terms are {terms}")
-            _check_curve(own)
+            check_curve(own)
         self.regularizer = regularizer
         self._curves = curves
         self._move(0)
@@ -383,9 +396,10 @@ def _value(name: str, value: object) -> float:
     return nonnegative(name, value, "pass a factor such as 1.0")
 
 
-def _check_curve(curve: object) -> None:
+def check_curve(curve: object) -> None:
+    """Raises unless `curve` can be called."""
     if not callable(curve):
-        raise TypeError(f"{curve!r} is no curve; pass one such as Linear(0, 1, steps=1000), or a function of the step")
+        raise TypeError(f"{curve!r} is not a curve; pass Linear(0, 1, steps=1000), say, or a function of the step")
 
 
 def _set(curve: object, **values: object) -> None:

@@ -6,22 +6,23 @@ import contextlib
 import dataclasses
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from torchreg._checks import checked_state, greater_than, whole_number
 from torchreg._tables import render_table
 from torchreg.binding.regularizer import Regularizer
+from torchreg.optim.step_hooks import StepHooks, unwrapped_optimizer
 from torchreg.penalties.groups import Groups
-from torchreg.training.paths import check_regularizer, copied, fitting, rng_states, set_rng
 from torchreg.training.refit import freeze_zeros
-from torchreg.training.schedules import Constant, Curve, Schedule, _check_curve
+from torchreg.training.schedules import Constant, Curve, Schedule, check_curve
+from torchreg.training.session import check_regularizer, copied, rng_states, set_rng
 from torchreg.training.target_sparsity import TargetSparsity
 
 AS_WRITTEN = Constant(1.0)
@@ -58,11 +59,11 @@ class Stage(ABC):
         """What holds, in words: a cell of the recipe's table."""
 
     @abstractmethod
-    def on(self, reg: Regularizer, optimizer: Optimizer) -> AbstractContextManager[object]:
+    def on(self, regularizer: Regularizer, optimizer: Optimizer) -> AbstractContextManager[object]:
         """A `with` block in which it holds, for the steps of `optimizer`."""
 
-    def check(self, reg: Regularizer) -> None:  # noqa: B027  most stages take any regularizer
-        """Raises a ValueError where the stage cannot hold for `reg`: asked before the first stage begins."""
+    def check(self, regularizer: Regularizer) -> None:  # noqa: B027  most stages take any regularizer
+        """Raises a ValueError where the stage cannot hold for `regularizer`: asked before the first stage begins."""
 
     def __repr__(self) -> str:
         fields = sorted(dataclasses.fields(self), key=lambda field: field.name == "rewind")  # last, as it is written
@@ -89,9 +90,9 @@ class Pretrain(Stage):
         return "penalty off"
 
     @contextlib.contextmanager
-    def on(self, reg: Regularizer, optimizer: Optimizer) -> Iterator[None]:
+    def on(self, regularizer: Regularizer, optimizer: Optimizer) -> Iterator[None]:
         """The penalty is off inside the `with` block."""
-        with reg.disabled():
+        with regularizer.disabled():
             yield
 
 
@@ -118,24 +119,24 @@ class Regularize(Stage):
     def __post_init__(self) -> None:
         super().__post_init__()
         for curve in self.curve.values() if isinstance(self.curve, Mapping) else [self.curve]:
-            _check_curve(curve)
+            check_curve(curve)
 
     @property
     def holds(self) -> str:
         """What holds, in words."""
         return "penalty on" if self.curve == AS_WRITTEN else f"penalty on, λ times {self.curve!r}"
 
-    def check(self, reg: Regularizer) -> None:
+    def check(self, regularizer: Regularizer) -> None:
         """Raises where a term does not exist, or a curve begins with no factor."""
-        with _factors_put_back(reg):
-            Schedule(reg, self.curve)
+        with _factors_put_back(regularizer):
+            Schedule(regularizer, self.curve)
 
     @contextlib.contextmanager
-    def on(self, reg: Regularizer, optimizer: Optimizer) -> Iterator[Schedule]:
+    def on(self, regularizer: Regularizer, optimizer: Optimizer) -> Iterator[Schedule]:
         """λ follows the curve inside the `with` block; the factors that were before come back after it."""
-        _check_enabled(reg)
-        with _factors_put_back(reg):
-            schedule = Schedule(reg, self.curve)
+        _check_enabled(regularizer)
+        with _factors_put_back(regularizer):
+            schedule = Schedule(regularizer, self.curve)
             with _stepped(self, schedule, optimizer):
                 yield schedule
 
@@ -175,17 +176,17 @@ class Sparsify(Stage):
         target = f"{self.target!r}" if callable(self.target) else f"{self.target:.2%} zeros"
         return f"penalty on, λ moves to {target}"
 
-    def check(self, reg: Regularizer) -> None:
+    def check(self, regularizer: Regularizer) -> None:
         """Raises where the term does not exist."""
-        if self.term is not None and self.term not in reg.terms:
-            raise ValueError(f"no term {self.term!r} to move; the terms are {list(reg.terms)}")
+        if self.term is not None and self.term not in regularizer.terms:
+            raise ValueError(f"no term {self.term!r} to move; the terms are {list(regularizer.terms)}")
 
     @contextlib.contextmanager
-    def on(self, reg: Regularizer, optimizer: Optimizer) -> Iterator[TargetSparsity]:
+    def on(self, regularizer: Regularizer, optimizer: Optimizer) -> Iterator[TargetSparsity]:
         """λ is moved inside the `with` block; the factors that were before come back after it."""
-        _check_enabled(reg)
-        with _factors_put_back(reg):
-            found = TargetSparsity(reg, self.target, total_steps=self.steps, term=self.term, groups=self.groups)
+        _check_enabled(regularizer)
+        with _factors_put_back(regularizer):
+            found = TargetSparsity(regularizer, self.target, total_steps=self.steps, term=self.term, groups=self.groups)
             with _stepped(self, found, optimizer):
                 yield found
 
@@ -212,15 +213,15 @@ class Refit(Stage):
         return "penalty off, zeros kept"
 
     @contextlib.contextmanager
-    def on(self, reg: Regularizer, optimizer: Optimizer) -> Iterator[None]:
+    def on(self, regularizer: Regularizer, optimizer: Optimizer) -> Iterator[None]:
         """The penalty is off and zeros are kept inside the `with` block."""
-        if not any(bool(zero.any()) for _, zero in _zeros(reg)):
+        if not any(bool(zero.any()) for _, zero in _zeros(regularizer)):
             warnings.warn(
-                f"{self!r} keeps no zeros, as no weight of {reg!r} is zero; a penalty in the loss makes none: let a "
-                "proximal optimizer carry it, such as tr.optim.ProxAdam(model.parameters(), regularizer=reg)",
+                f"{self!r} keeps no zeros, as no weight of {regularizer!r} is zero; a penalty in the loss makes none: "
+                "let a proximal optimizer carry it, such as tr.optim.ProxAdam(model.parameters(), regularizer=reg)",
                 stacklevel=3,
             )
-        with reg.disabled(), freeze_zeros(reg, optimizer):
+        with regularizer.disabled(), freeze_zeros(regularizer, optimizer):
             yield
 
 
@@ -259,8 +260,7 @@ class Recipe(tuple[Stage, ...]):
             if not isinstance(stage, Stage):
                 raise TypeError(
                     f"stage {number} is {stage!r}, which is no stage; pass Pretrain, Regularize, Sparsify or Refit, "
-                    f"and a "
-                    "recipe within a recipe as *recipe"
+                    "and a recipe within a recipe as *recipe"
                 )
             before = stages[number - 2] if number > 1 else None
             if isinstance(stage, Refit) and not (before and before.leaves_zeros):
@@ -287,14 +287,15 @@ class Recipe(tuple[Stage, ...]):
         """
         return Recipe(*tuple(self) * whole_number("times", times))
 
-    def stages(self, reg: Regularizer) -> Stages:
-        """The stages to go through with the model of `reg`.
+    def stages(self, regularizer: Regularizer) -> Stages:
+        """The stages to go through with the model of `regularizer`.
 
         Raises:
-            TypeError: `reg` is no regularizer.
-            ValueError: `reg` is disabled, lacks a term that a stage moves, or selects a weight that cannot be zero.
+            TypeError: `regularizer` is no regularizer.
+            ValueError: `regularizer` is disabled, lacks a term that a stage moves, or selects a weight that cannot be
+                zero.
         """
-        return Stages(reg, self)
+        return Stages(regularizer, self)
 
     def __repr__(self) -> str:
         return f"Recipe({', '.join(map(repr, self))})"
@@ -310,24 +311,35 @@ class Recipe(tuple[Stage, ...]):
 
 # ---------------------------------------------------------------------- going through it
 
-Fit = Callable[[nn.Module, Regularizer, Stage], object]
-"""Trains the model for `stage.steps` steps of an optimizer of its own, within `with stage.on(reg, optimizer)`."""
-
 
 class Stages:
     """A recipe on its way through the stages, as `Recipe.stages` returns it.
 
-    An iterator over the stages to come, or `run(fit)` in one line. A stage is done once the next one is asked for. One
-    that an error or a `break` broke off begins anew the next time: from the weights and strengths that it began with,
-    and the state that torch's random generators had then. With an optimizer of its own in each stage the outcome is
-    that of a training that was never broken off, bit for bit.
+    An iterator over the stages to come. A stage is done once the next one is asked for. One that an error or a `break`
+    broke off begins anew the next time: from the weights and strengths that it began with, and the state that torch's
+    random generators had then. With an optimizer of its own in each stage the outcome is that of a training that was
+    never broken off, bit for bit.
 
     Attributes:
         regularizer, recipe: what it was made of.
         done: how many stages are done.
 
+    >>> _ = torch.manual_seed(0)
+    >>> model, x = nn.Linear(20, 1), torch.randn(100, 20)
+    >>> reg = Regularizer(model, L1(1.0))
+    >>> for stage in Recipe(Pretrain(50), Regularize(100), Refit(100)).stages(reg):
+    ...     optimizer = tr.optim.ProxAdam(model.parameters(), lr=0.05, regularizer=reg)
+    ...     with stage.on(reg, optimizer):
+    ...         for _ in range(stage.steps):
+    ...             optimizer.zero_grad()
+    ...             (model(x)[:, 0] - 2 * x[:, :5].sum(1)).square().mean().backward()
+    ...             optimizer.step()
+    >>> int((model.weight == 0).sum()), [round(w, 2) for w in model.weight[0, :5].tolist()]
+    (15, [2.0, 2.0, 2.0, 2.0, 2.0])
+
+    Save the state when a stage begins, and a later run goes on there:
+
     >>> recipe = Recipe(Pretrain(1), Regularize(2))
-    >>> reg = Regularizer(nn.Linear(2, 1), L1(0.1))
     >>> stages = recipe.stages(reg)
     >>> for stage in stages:
     ...     torch.save(stages.state_dict(), "stages.pt")  # and here the training of this stage
@@ -342,7 +354,7 @@ class Stages:
     def __init__(self, regularizer: Regularizer, recipe: Recipe) -> None:
         check_regularizer(regularizer)
         _check_enabled(regularizer)
-        for binding in regularizer._current():
+        for binding in regularizer.bindings():
             if binding.selected.computed:
                 raise ValueError(
                     f"{binding.name} is computed by a parametrization, so that no zeros can be kept in it; remove the "
@@ -355,33 +367,6 @@ class Stages:
         self._start: dict[str, Any] = {}  # where the next stage begins, once the first one has begun
         self._kept: dict[int, dict[str, Any]] = {}  # by stage, the model after it, to rewind to
 
-    def run(self, fit: Fit) -> None:
-        """Calls `fit(model, reg, stage)` for every stage to come; after an exception, call it again to go on.
-
-        Args:
-            fit: trains the model for `stage.steps` steps, with an optimizer of its own, in a `with
-                stage.on(reg, optimizer)` block.
-
-        >>> _ = torch.manual_seed(0)
-        >>> model, x = nn.Linear(20, 1), torch.randn(100, 20)
-        >>> reg = Regularizer(model, L1(1.0))
-        >>> def fit(model, reg, stage):
-        ...     optimizer = tr.optim.ProxAdam(model.parameters(), lr=0.05, regularizer=reg)
-        ...     with stage.on(reg, optimizer):
-        ...         for _ in range(stage.steps):
-        ...             optimizer.zero_grad()
-        ...             (model(x)[:, 0] - 2 * x[:, :5].sum(1)).square().mean().backward()
-        ...             optimizer.step()
-        >>> Recipe(Pretrain(50), Regularize(100), Refit(100)).stages(reg).run(fit)
-        >>> int((model.weight == 0).sum()), [round(w, 2) for w in model.weight[0, :5].tolist()]
-        (15, [2.0, 2.0, 2.0, 2.0, 2.0])
-        """
-        if not callable(fit):
-            raise TypeError(f"fit is a {type(fit).__name__}, which cannot be called; pass a function")
-        for stage in self:
-            with fitting(self.regularizer):
-                fit(self.regularizer.model, self.regularizer, stage)
-
     def __iter__(self) -> Iterator[Stage]:
         """The stages to come, each once the one before is done."""
         if not self._start:
@@ -393,7 +378,6 @@ class Stages:
             if stage.rewind is not None:
                 self._rewind(self._kept[stage.rewind])
             yield stage
-            self.regularizer._forget_dead()  # an optimizer of the stage's own has ended as it should
             self.done += 1
             self._begin()
 
@@ -438,8 +422,12 @@ class Stages:
 
     def _point(self) -> dict[str, Any]:
         """Where the training stands."""
-        reg = self.regularizer
-        return {"model": copied(reg.model.state_dict()), "strengths": reg.state_dict(), "rng": rng_states(reg.model)}
+        regularizer = self.regularizer
+        return {
+            "model": copied(regularizer.model.state_dict()),
+            "strengths": regularizer.state_dict(),
+            "rng": rng_states(regularizer.model),
+        }
 
     def _begin(self) -> None:
         """Keeps where the next stage begins, and what later stages rewind to."""
@@ -460,7 +448,7 @@ class Stages:
     @torch.no_grad()
     def _rewind(self, model: Mapping[str, Any]) -> None:
         """The model as it was then, with the zeros of now."""
-        bindings, zeros = self.regularizer._current(), _zeros(self.regularizer)
+        bindings, zeros = self.regularizer.bindings(), _zeros(self.regularizer)
         self.regularizer.model.load_state_dict(model)
         for binding, (corner, zero) in zip(bindings, zeros, strict=True):
             binding.parameter().copy_(torch.where(zero, corner, binding.parameter()))
@@ -473,28 +461,24 @@ class Stages:
 
 
 @contextlib.contextmanager
-def _factors_put_back(reg: Regularizer) -> Iterator[None]:
+def _factors_put_back(regularizer: Regularizer) -> Iterator[None]:
     """After the block, every factor of λ is what it was before it."""
-    before = {key: term.factor for key, term in reg.terms.items()}
+    before = {key: term.factor for key, term in regularizer.terms.items()}
     try:
         yield
     finally:
         for key, factor in before.items():
-            reg[key].factor = factor
+            regularizer[key].factor = factor
 
 
 @contextlib.contextmanager
 def _stepped(stage: Stage, mover: Schedule | TargetSparsity, optimizer: Optimizer) -> Iterator[None]:
     """Inside the block, λ moves after each step of the optimizer."""
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}; pass that of the stage's steps"
-        )
-    handle = optimizer.register_step_post_hook(lambda *_: mover.step())
+    hooks = StepHooks(unwrapped_optimizer(optimizer), after=mover.step)
     try:
         yield
     finally:
-        handle.remove()
+        hooks.remove()
     if mover.last_step < stage.steps:
         warnings.warn(
             f"{stage!r} ended after {mover.last_step:,} steps of {type(optimizer).__name__}; make stage.steps steps of "
@@ -504,16 +488,16 @@ def _stepped(stage: Stage, mover: Schedule | TargetSparsity, optimizer: Optimize
 
 
 @torch.no_grad()
-def _zeros(reg: Regularizer) -> list[tuple[Tensor, Tensor]]:
+def _zeros(regularizer: Regularizer) -> list[tuple[Tensor, Tensor]]:
     """For each parameter what counts as zero, 0 or w₀, and which of its weights are that."""
-    weights = [(binding.parameter(), binding.anchor) for binding in reg._current()]
+    weights = [(binding.parameter(), binding.anchor) for binding in regularizer.bindings()]
     corners = [torch.zeros_like(w) if anchor is None else anchor.to(w) for w, anchor in weights]
     return [(corner, w == corner) for (w, _), corner in zip(weights, corners, strict=True)]
 
 
-def _check_enabled(reg: Regularizer) -> None:
-    if not reg.enabled:
-        raise ValueError("reg is disabled, so that nothing would be regularized; call reg.enable() first")
+def _check_enabled(regularizer: Regularizer) -> None:
+    if not regularizer.enabled:
+        raise ValueError("regularizer is disabled, so that nothing would be regularized; call reg.enable() first")
 
 
 def _rewinding(stage: Stage) -> str:

@@ -248,7 +248,7 @@ class TargetSparsity:
     # ------------------------------------------------------------------ reading
 
     def _bindings(self) -> list[Binding]:
-        return [binding for binding in self.regularizer._current() if binding.term.key in self._terms]
+        return [binding for binding in self.regularizer.bindings() if binding.term.key in self._terms]
 
     def _zeros(self) -> list[Tensor]:
         """Of each parameter, which units are zero; toward w₀, which are at w₀."""
@@ -292,14 +292,12 @@ class TargetSparsity:
 
     def _check(self) -> None:
         """Raises where the zeros that are wished cannot come about."""
-        held = {id_ for route in self.regularizer._live_routes() for id_ in route.held()}
         for binding in self._bindings():
             parameter = binding.parameter()
-            if id(parameter) not in held:
+            if binding.carrier is None:
                 raise ValueError(
                     f"no proximal optimizer carries {binding.name}, and a penalty in the loss makes no zeros; build "
-                    f"the "
-                    "optimizer first: tr.optim.ProxAdam(model.parameters(), regularizer=reg)"
+                    "one: tr.optim.ProxAdam(model.parameters(), regularizer=reg)"
                 )
             penalty = binding.term.base.scaled(binding.scale)
             # One unit next to nothing and all others huge: does the penalty zero that one alone?

@@ -1,4 +1,4 @@
-"""What a user looks at: numbers, plots, TensorBoard, reports. Views only read."""
+"""Views of a model and a training: numbers, plots, TensorBoard, reports. Views only read."""
 
 from torchreg.views.measurement import measure
 from torchreg.views.tensorboard import TensorBoardMonitor

@@ -1,13 +1,12 @@
-"""measure(): what a regularized network is doing, as a dict of plain numbers."""
+"""measure(): the state of a regularized network, as a dict of plain numbers."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,9 +19,9 @@ from torchreg.binding import connectivity
 from torchreg.binding.regularizer import Regularizer
 from torchreg.binding.selection import ParameterRef
 from torchreg.inspection.certificates import Stationarity
-from torchreg.inspection.zero_counts import counted
+from torchreg.inspection.zero_counts import counted_weights
 from torchreg.kernels import Summary, summarize
-from torchreg.optim.attachment import Attachment
+from torchreg.optim.attachment import carriers
 from torchreg.penalties import Penalty
 from torchreg.penalties.group_penalty import GroupPenalty
 from torchreg.penalties.groups import Columns, Rows
@@ -31,21 +30,9 @@ from torchreg.views import tags
 from torchreg.views.reading import read
 
 NEAR_ZERO = 1e-3
-_QUANTILES = (0.1, 0.5, 0.9)
-_BY_WEIGHT = (
-    ("sparsity", ""),
-    ("sparsity_near_zero", ""),
-    ("support_churn", ""),
-    ("sparsity_inputs", ""),
-    ("sparsity_neurons", ""),
-    ("weight_norm_l1", ""),
-    ("weight_norm_l2", ""),
-    *(("weight_group_norm", f".p{round(100 * q)}") for q in _QUANTILES),
-    ("threshold", ""),
-)
 
 _gauges: weakref.WeakKeyDictionary[Any, Gauge] = weakref.WeakKeyDictionary()
-"""What `measure` remembers of each target from call to call."""
+"""The gauge of each target of `measure`, which remembers the last call."""
 
 
 def measure(
@@ -58,7 +45,7 @@ def measure(
 
     The keys are tags, `metric/<parameter>`, in letters, digits and `_ . / -`; they stay the same from call to call.
 
-    | key | what it is |
+    | key | meaning |
     |---|---|
     | `overview/sparsity` | exact zeros / weights |
     | `overview/params_kept` | the number of weights that are not 0 |
@@ -69,26 +56,26 @@ def measure(
     | `sparsity_near_zero/<p>`, `/total` | weights with abs(w) ≤ `near_zero`, zeros included / weights |
     | `support_churn/<p>`, `/total` | weights that became zero or nonzero since the last call for `target` / weights |
     | `sparsity_inputs/<p>`, `sparsity_neurons/<p>` | dead inputs and dead neurons, as shares |
-    | `weight_norm_l1/<p>`, `weight_norm_l2/<p>` | abs(w) summed, and the square root of w² summed |
-    | `weight_group_norm/<p>.p10`, `.p50`, `.p90` | quantiles of ‖w_g‖₂ over the penalty's groups, else over rows |
-    | `threshold/<p>` | λ·step: the largest abs(w) that the prox of a step takes to 0, for half of the weights |
-    | `stationarity/total`, `/relative`, `/rest`, `/term.<term>` | where it is given |
+    | `weight_norm_l1/<p>`, `weight_norm_l2/<p>` | sum of abs(w), and square root of the sum of w² |
+    | `weight_group_norm/<p>.p10`, `.p50`, `.p90` | quantiles of ‖w_g‖₂ over the groups of the penalty, else over rows |
+    | `threshold/<p>` | λ·step: the prox of a step sets abs(w) up to this to 0; the median over the weights |
+    | `stationarity/total`, `/relative`, `/unpenalized`, `/term.<term>` | the certificate `stationarity`, if given |
 
-    A tied weight counts once. For a model there are no penalties, strengths and thresholds; 0 stands for the threshold
-    of a weight on the loss route, of an empty one, of one whose adaptive optimizer has taken no step, and under
-    Adafactor of one without its gradient. Sharded weights are gathered, one after the other, so every process has to
-    call it. From call to call it remembers which weights were zero: a byte a weight, on its device.
+    A tied weight counts once. A model has no penalties, strengths and thresholds. The threshold is 0 for a weight that
+    is regularized through the loss, for an empty one, for one whose adaptive optimizer has taken no step, and under
+    Adafactor for one without its gradient. Sharded weights are gathered, one at a time, so every process has to call
+    this. It remembers from call to call which weights were zero: one byte per weight, on the device of the weight.
 
     Args:
         target: a regularizer, whose selected parameters are measured, or a model, whose weights with two or more
-            dimensions are (no norm layers and no embeddings).
-        near_zero: what counts as nearly zero, ≥ 0, in units of a weight.
-        stationarity: what `torchreg.stationarity` found, to stand among the numbers.
+            dimensions are measured (no norm layers and no embeddings).
+        near_zero: the largest magnitude that counts as nearly zero, ≥ 0, in units of a weight.
+        stationarity: the result of `torchreg.stationarity`, to be included in the numbers.
     Returns:
-        Plain floats. Reading them waits for each device once, however many layers there are.
+        Plain floats. Reading them waits for each device once, for any number of layers.
     Raises:
-        TypeError, ValueError: `near_zero` is no number ≥ 0, `target` is neither, or it has no weights, or
-            `stationarity` is that of other terms.
+        TypeError, ValueError: `near_zero` is not a number ≥ 0, `target` is neither a regularizer nor a model or has no
+            weights, or `stationarity` is a certificate of other terms.
     Warns:
         UserWarning: a weight has entries that are NaN or infinite; once for each weight, by its name.
 
@@ -99,119 +86,122 @@ def measure(
     >>> numbers["overview/sparsity"], numbers["sparsity_inputs/0.weight"], numbers["penalty/l1"]
     (0.625, 0.5, 0.5)
     """
-    near_zero = nonnegative("near_zero", near_zero, "pass what counts as nearly zero, such as 1e-3")
+    near_zero = nonnegative("near_zero", near_zero, "pass the largest magnitude that is nearly zero, such as 1e-3")
     if stationarity is not None and not isinstance(stationarity, Stationarity):
         raise TypeError(
-            f"stationarity is a {type(stationarity).__name__}; pass what torchreg.stationarity(reg, closure) returned"
+            f"stationarity is a {type(stationarity).__name__}; pass the result of torchreg.stationarity(reg, closure)"
         )
     if not isinstance(target, (nn.Module, Regularizer)):
-        raise TypeError(f"expected a model or a Regularizer, got {type(target).__name__}; pass what trains")
+        raise TypeError(f"expected a model or a Regularizer, got {type(target).__name__}")
     if target not in _gauges:
         _gauges[target] = Gauge(target)
-    numbers, _ = _gauges[target].read(near_zero)
-    for message in _gauges[target].broken.values():
+    gauge = _gauges[target]
+    numbers, _ = gauge.read(near_zero)
+    for message in gauge.broken.values():
         warnings.warn(message, stacklevel=2)
-    return numbers | ({} if stationarity is None else _gauges[target].certified(stationarity))
+    return numbers | ({} if stationarity is None else gauge.certificate_numbers(stationarity))
 
 
 class Gauge:
-    """Measures one target again and again, and remembers which of its weights were zero the last time."""
+    """Measures one target repeatedly, and remembers which weights were zero at the last measurement."""
 
     def __init__(self, target: nn.Module | Regularizer) -> None:
-        # Weakly: what `measure` remembers must not keep alive what it is remembered for.
+        # A weak reference, since a gauge in `_gauges` must not keep its target alive.
         self._target: Callable[[], Any] = weakref.ref(target)
         self.terms = tags.unique(target) if isinstance(target, Regularizer) else {}
         self.tags: dict[str, str] = {}
-        self._keys: list[str] = []
+        self._keys: list[list[str]] = []  # by weight, the keys of the columns
         self._supports: dict[str, Tensor] = {}
         self._limits: dict[str, tuple[Penalty, float]] = {}
-        self._told: set[str] = set()
-        self.broken: dict[str, str] = {}  # by name, what the last read found for the first time not to be finite
-        self.waited = 0.0  # seconds, in the last read, for the devices to catch up
+        self._reported: set[str] = set()
+        # By name, a message on each weight that the last read was the first to find broken.
+        self.broken: dict[str, str] = {}
+        self.waiting_seconds = 0.0  # the time that the last read waited for devices
         self.entries()
 
     def entries(self) -> list[ParameterRef]:
         """The weights as they are now."""
-        entries = counted(self._target())
+        entries = counted_weights(self._target())
         names = [entry.name for entry in entries]
         if names != list(self.tags):
             self.tags = tags.unique(names)
-            self._keys = [f"{metric}/{tag}{end}" for tag in self.tags.values() for metric, end in _BY_WEIGHT]
+            self._keys = [[column.format(tag) for column, _ in COLUMNS] for tag in self.tags.values()]
         return entries
 
     @torch.no_grad()
-    def read(self, near_zero: float, also: Sequence[Tensor] = ()) -> tuple[dict[str, float], list[float]]:
-        """The numbers of `measure`, and those of the 0-d tensors `also`, in one read of each device."""
+    def read(self, near_zero: float, others: Sequence[Tensor] = ()) -> tuple[dict[str, float], list[float]]:
+        """The numbers of `measure`, and those of the 0-d tensors `others`, in one read of each device."""
         weights = self._weights()
-        if any(is_sharded(weight.entry.parameter) for weight in weights):  # one is whole at a time
-            tensors = [own for weight in weights for own in self._tensors([weight], near_zero)]
+        if any(is_sharded(weight.entry.parameter) for weight in weights):  # gathers one weight at a time
+            tensors = [named for weight in weights for named in self._tensors([weight], near_zero)]
         else:
             tensors = self._tensors(weights, near_zero)
-        numbers_read, self.waited = read([*itertools.chain.from_iterable(tensors), *also])
-        found = iter(numbers_read)
-        rows = [weight.numbers([next(found) for _ in own]) for weight, own in zip(weights, tensors, strict=True)]
-        numbers = {**_overview(weights, rows), **self._by_term(weights)}
-        numbers.update(zip(self._keys, itertools.chain.from_iterable(rows), strict=True))
+        entries, self.waiting_seconds = read([*(tensor for named in tensors for tensor in named.values()), *others])
+        remaining = iter(entries)
+        for weight, named in zip(weights, tensors, strict=True):
+            weight.numbers = {name: next(remaining) for name in named}
+        numbers = {**_overview(weights), **self._by_term(weights)}
+        for weight, keys in zip(weights, self._keys, strict=True):
+            numbers.update((key, function(weight)) for key, (_, function) in zip(keys, COLUMNS, strict=True))
         self.broken = {
-            weight.entry.name: f"{weight.entry.name} has {weight.broken:,} NaN or infinite entries of "
-            f"{weight.shape.numel():,}, and training does not mend them; go back to a checkpoint from before, and "
-            "lower lr or clip the gradients"
+            weight.entry.name: f"{weight.entry.name} has {weight.n_broken:,} NaN or infinite entries of "
+            f"{weight.shape.numel():,}, and training does not repair them; go back to an earlier checkpoint, and lower "
+            "lr or clip the gradients"
             for weight in weights
-            if weight.broken and weight.entry.name not in self._told
+            if weight.n_broken and weight.entry.name not in self._reported
         }
-        self._told.update(self.broken)
-        return numbers, [value for [value] in found]
+        self._reported.update(self.broken)
+        return numbers, [value for [value] in remaining]
 
-    def certified(self, found: Stationarity) -> dict[str, float]:
-        """A certificate by its tags."""
-        if strange := found.by_term.keys() - self.terms.keys():
+    def certificate_numbers(self, certificate: Stationarity) -> dict[str, float]:
+        """The numbers of a certificate, by their tags."""
+        if unknown := certificate.by_term.keys() - self.terms.keys():
             raise ValueError(
-                f"the certificate is of the terms {sorted(strange)}, which what is measured does not have; measure the "
-                "regularizer that stationarity(reg, closure) was given"
+                f"the certificate is of the terms {sorted(unknown)}, which the measured target does not have; measure "
+                "the regularizer that stationarity(reg, closure) was given"
             )
-        numbers = {f"stationarity/{name}": getattr(found, name) for name in ("total", "relative", "rest")}
-        return numbers | {f"stationarity/term.{self.terms[key]}": value for key, value in found.by_term.items()}
+        numbers = {f"stationarity/{name}": getattr(certificate, name) for name in ("total", "relative", "unpenalized")}
+        return numbers | {f"stationarity/term.{self.terms[key]}": value for key, value in certificate.by_term.items()}
 
-    def _tensors(self, weights: Sequence[_Weight], near_zero: float) -> list[list[Tensor]]:
-        """What is to be read of each weight, all in one pass over them."""
+    def _tensors(self, weights: Sequence[_Weight], near_zero: float) -> list[dict[str, Tensor]]:
+        """The tensors of each weight that are to be read, by name, from one pass over the weights."""
         whole = [connectivity.weights(weight.entry) for weight in weights]
         summaries = summarize(whole, near_zero, [self._supports[weight.entry.name] for weight in weights])
         return [weight.tensors(w, summary) for weight, w, summary in zip(weights, whole, summaries, strict=True)]
 
     def _weights(self) -> list[_Weight]:
-        """The weights as they are now, with what acts on them."""
+        """The weights as they are now, with their penalties and steps."""
         target, entries = self._target(), self.entries()
         weights = [_Weight(entry, entry.parameter.shape) for entry in entries]
         for weight in weights:
-            known, device = self._supports.get(weight.entry.name), weight.entry.parameter.device
-            weight.seen = known is not None and known.shape == weight.shape and known.device == device
-            if not weight.seen:
-                with torch.inference_mode(False):  # one made in inference mode could not be written to after it
-                    fresh = torch.zeros(weight.shape, dtype=torch.bool, device=device)
-                self._supports[weight.entry.name] = fresh
+            support, device = self._supports.get(weight.entry.name), weight.entry.parameter.device
+            weight.has_support = support is not None and support.shape == weight.shape and support.device == device
+            if not weight.has_support:
+                with torch.inference_mode(False):  # a tensor made in inference mode cannot be written to outside of it
+                    support = torch.zeros(weight.shape, dtype=torch.bool, device=device)
+                self._supports[weight.entry.name] = support
         if isinstance(target, Regularizer) and target.enabled:
-            routes = [route for route in target._live_routes() if isinstance(route, Attachment)]
-            steps = {id_: step for route in routes for id_, step in route.present_steps().items()}
-            for weight, binding in zip(weights, target._current(), strict=True):
+            steps = {id_: step for carrier in carriers(target) for id_, step in carrier.sampled_steps().items()}
+            for weight, binding in zip(weights, target.bindings(), strict=True):
                 weight.term, weight.penalty = binding.term.key, binding.penalty
                 weight.step = steps.get(id(weight.entry.parameter), 0.0) if weight.shape.numel() else 0.0
                 weight.limit = self._limit(weight) if id(weight.entry.parameter) in steps else 0.0
         return weights
 
     def _limit(self, weight: _Weight) -> float:
-        """λ as what |gradient| must exceed to leave 0; with groups the root mean square of a group's gradient."""
+        """λ: a weight leaves 0 if its |gradient| is larger; for groups, the root mean square of a group's gradient."""
         assert weight.penalty is not None
-        known = self._limits.get(weight.entry.name)
-        if known is None or known[0] is not weight.penalty:
-            ones = torch.ones((), device="cpu").expand(
-                (1,) * len(weight.shape) if weight.penalty.separable else weight.shape
-            )
+        penalty, limit = self._limits.get(weight.entry.name, (None, 0.0))
+        if penalty is not weight.penalty:
+            penalty = weight.penalty
+            shape = (1,) * len(weight.shape) if penalty.separable else weight.shape
             try:
-                norm = weight.penalty.dual_norm(ones).item()
+                norm = penalty.dual_norm(torch.ones((), device="cpu").expand(shape)).item()
             except NotImplementedError:  # a penalty without certificates
                 norm = math.inf
-            known = self._limits[weight.entry.name] = (weight.penalty, 1 / norm if norm > 0 else math.inf)
-        return known[1]
+            limit = 1 / norm if norm > 0 else math.inf
+            self._limits[weight.entry.name] = (penalty, limit)
+        return limit
 
     def _by_term(self, weights: Sequence[_Weight]) -> dict[str, float]:
         """Ω and λ, in total and of each term."""
@@ -221,7 +211,7 @@ class Gauge:
         values = dict.fromkeys(self.terms, 0.0)
         for weight in weights:
             if weight.penalty is not None:
-                values[weight.term] += weight.value
+                values[weight.term] += weight.penalty_value
         numbers = {"overview/penalty": math.fsum(values.values())}
         for key, tag in self.terms.items():
             term = target[key]
@@ -234,66 +224,107 @@ class Gauge:
 
 @dataclass
 class _Weight:
-    """One weight: the tensors to be read from its device, and the numbers that follow from them."""
+    """One weight: `tensors` are to be read from its device, and its properties follow from the `numbers` in them."""
 
     entry: ParameterRef
     shape: torch.Size
-    seen: bool = False  # its support was written down before
+    has_support: bool = False  # the last measurement has recorded which entries were zero
     term: str = ""
     penalty: Penalty | None = None
     limit: float = 0.0
     step: Step = 0.0
-    value: float = 0.0  # of the penalty, once it is read
+    n_inputs: int = 0
+    n_neurons: int = 0
+    numbers: dict[str, list[float]] = field(default_factory=dict)  # by the names of `tensors`
 
-    def tensors(self, w: Tensor, summary: Summary) -> list[Tensor]:
-        """What is to be read, on the device of `w`: the whole weight."""
-        living, self.inputs, self.neurons = _living(self.entry, w, summary)
-        found = [summary.counts, summary.sums, _quantiles(_squared_norms(self.penalty, w, summary)), *living]
+    def tensors(self, w: Tensor, summary: Summary) -> dict[str, Tensor]:
+        """The tensors to be read, by name, on the device of `w`, which is the whole weight."""
+        inputs, neurons = _alive_units(self.entry, w, summary)
+        self.n_inputs, self.n_neurons = inputs.numel(), neurons.numel()
+        tensors = {
+            "counts": summary.counts,
+            "sums": summary.sums,
+            "squared group norms": _quantiles(_squared_norms(self.penalty, w, summary)),
+            "alive inputs": torch.count_nonzero(inputs),
+            "alive neurons": torch.count_nonzero(neurons),
+        }
         if isinstance(self.step, Tensor):
-            found.append(unsharded(self.step).median())
-        if self.penalty is not None and self._by_sums() is None:
-            found.append(unsharded(self.penalty(self.entry.parameter.detach())))
-        return found
+            tensors["step"] = unsharded(self.step).median()
+        if self.penalty is not None and self._penalty_of_sums(0.0, 0.0) is None:
+            tensors["penalty"] = unsharded(self.penalty(self.entry.parameter.detach()))
+        return tensors
 
-    def numbers(self, found: Sequence[Sequence[float]]) -> list[float]:
-        """In the order of `_BY_WEIGHT`."""
-        counts, (absolute, squares, _), quantiles, (inputs,), (neurons,), *rest = found
-        self.zeros, self.near, self.broken, changed = counts
-        self.changed = changed if self.seen else 0
-        step = rest.pop(0)[0] if isinstance(self.step, Tensor) else self.step
-        if self.penalty is not None:
-            by_sums = self._by_sums(absolute, squares)
-            self.value = rest.pop()[0] if by_sums is None else by_sums
-        size = self.shape.numel() or 1
-        return [
-            self.zeros / size,
-            self.near / size,
-            self.changed / size,
-            (self.inputs - inputs) / (self.inputs or 1),
-            (self.neurons - neurons) / (self.neurons or 1),
-            absolute,
-            math.sqrt(squares),
-            *map(math.sqrt, quantiles),
-            self.limit * step if step else 0.0,
-        ]
+    @property
+    def size(self) -> int:
+        """The number of entries, and 1 for an empty weight, so that shares of it are 0."""
+        return self.shape.numel() or 1
 
-    def _by_sums(self, absolute: float = 0.0, squares: float = 0.0) -> float | None:
-        """Ω by Σ|w| and Σw², where that is enough: these are of the weights that the model computes with."""
+    @property
+    def n_zeros(self) -> float:
+        return self.numbers["counts"][0]
+
+    @property
+    def n_near_zero(self) -> float:
+        return self.numbers["counts"][1]
+
+    @property
+    def n_broken(self) -> float:
+        return self.numbers["counts"][2]
+
+    @property
+    def n_changed(self) -> float:
+        """The number of entries that became zero or nonzero since the last measurement."""
+        return self.numbers["counts"][3] if self.has_support else 0
+
+    @property
+    def penalty_value(self) -> float:
+        """Ω of this weight."""
+        if "penalty" in self.numbers:
+            return self.numbers["penalty"][0]
+        return self._penalty_of_sums(*self.numbers["sums"][:2]) or 0.0
+
+    @property
+    def threshold(self) -> float:
+        step = self.numbers["step"][0] if "step" in self.numbers else self.step
+        assert not isinstance(step, Tensor)
+        return self.limit * step if step else 0.0
+
+    def _penalty_of_sums(self, absolute: float, squares: float) -> float | None:
+        """Ω as a function of Σ|w| and Σw², or None if it is not; the sums are of the weights after masking."""
         soft = None if self.penalty is None or connectivity.masked(self.entry) else self.penalty.coefficients()
         return None if soft is None or soft.anchor is not None else soft.l1 * absolute + soft.l2 * squares
 
 
-def _living(entry: ParameterRef, w: Tensor, summary: Summary) -> tuple[list[Tensor], int, int]:
-    """How many inputs and neurons have a weight that is not 0, and how many there are, as `sparsity` counts them."""
+_QUANTILES = (0.1, 0.5, 0.9)
+COLUMNS: tuple[tuple[str, Callable[[_Weight], float]], ...] = (
+    ("sparsity/{}", lambda weight: weight.n_zeros / weight.size),
+    ("sparsity_near_zero/{}", lambda weight: weight.n_near_zero / weight.size),
+    ("support_churn/{}", lambda weight: weight.n_changed / weight.size),
+    ("sparsity_inputs/{}", lambda weight: _missing_share(weight.numbers["alive inputs"][0], weight.n_inputs)),
+    ("sparsity_neurons/{}", lambda weight: _missing_share(weight.numbers["alive neurons"][0], weight.n_neurons)),
+    ("weight_norm_l1/{}", lambda weight: weight.numbers["sums"][0]),
+    ("weight_norm_l2/{}", lambda weight: math.sqrt(weight.numbers["sums"][1])),
+    ("weight_group_norm/{}.p10", lambda weight: math.sqrt(weight.numbers["squared group norms"][0])),
+    ("weight_group_norm/{}.p50", lambda weight: math.sqrt(weight.numbers["squared group norms"][1])),
+    ("weight_group_norm/{}.p90", lambda weight: math.sqrt(weight.numbers["squared group norms"][2])),
+    ("threshold/{}", lambda weight: weight.threshold),
+)
+"""The numbers of each weight: the key, in which {} stands for the tag of the weight, and the function of the weight."""
+
+
+def _missing_share(count: float, total: int) -> float:
+    return (total - count) / (total or 1)
+
+
+def _alive_units(entry: ParameterRef, w: Tensor, summary: Summary) -> tuple[Tensor, Tensor]:
+    """Tensors that are nonzero for each input and each neuron with a nonzero weight, as `sparsity` counts them."""
     if w.dim() > 1 and connectivity.in_plain_order(entry.owner):
-        inputs, neurons = summary.column_nonzeros, summary.row_nonzeros
-    else:
-        inputs, neurons = connectivity.alive_units(w != 0, entry.owner)
-    return [torch.count_nonzero(inputs), torch.count_nonzero(neurons)], inputs.numel(), neurons.numel()
+        return summary.column_nonzeros, summary.row_nonzeros
+    return connectivity.alive_units(w != 0, entry.owner)
 
 
 def _squared_norms(penalty: Penalty | None, w: Tensor, summary: Summary) -> Tensor:
-    """‖w_g‖² of the groups that the penalty has, else of the rows."""
+    """‖w_g‖² of the groups of the penalty, or of the rows if it has no groups."""
     inner = penalty.penalty if isinstance(penalty, Toward) else penalty
     groups = inner.groups if isinstance(inner, GroupPenalty) else Rows()
     if isinstance(groups, Rows):
@@ -304,22 +335,23 @@ def _squared_norms(penalty: Penalty | None, w: Tensor, summary: Summary) -> Tens
 
 
 def _quantiles(norms: Tensor) -> Tensor:
-    """By nearest rank; zeros of nothing."""
+    """Quantiles by nearest rank; zeros for an empty tensor."""
     if not len(norms):
         return norms.new_zeros(len(_QUANTILES))
     ordered = norms.sort().values
     return torch.stack([ordered[math.ceil(q * len(norms)) - 1] for q in _QUANTILES])
 
 
-def _overview(weights: Sequence[_Weight], rows: Sequence[Sequence[float]]) -> dict[str, float]:
-    total = sum(weight.shape.numel() for weight in weights)
-    zeros = sum(weight.zeros for weight in weights)
-    fractions = [row[0] for row in rows]
+def _overview(weights: Sequence[_Weight]) -> dict[str, float]:
+    """The numbers of all weights together."""
+    size = sum(weight.shape.numel() for weight in weights)
+    n_zeros = sum(weight.n_zeros for weight in weights)
+    shares = [weight.n_zeros / weight.size for weight in weights]
     return {
-        "overview/sparsity": zeros / (total or 1),
-        "overview/params_kept": float(total - zeros),
-        "sparsity_near_zero/total": sum(weight.near for weight in weights) / (total or 1),
-        "support_churn/total": sum(weight.changed for weight in weights) / (total or 1),
-        "spread/sparsity.min": min(fractions),
-        "spread/sparsity.max": max(fractions),
+        "overview/sparsity": n_zeros / (size or 1),
+        "overview/params_kept": float(size - n_zeros),
+        "sparsity_near_zero/total": sum(weight.n_near_zero for weight in weights) / (size or 1),
+        "support_churn/total": sum(weight.n_changed for weight in weights) / (size or 1),
+        "spread/sparsity.min": min(shares),
+        "spread/sparsity.max": max(shares),
     }

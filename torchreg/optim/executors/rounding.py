@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from torchreg._distributed import local_part
+from torchreg._tensors import PIECE
 from torchreg.kernels.random_bits import draws, stochastic, word_of
-from torchreg.optim.step_sizes import PIECE
 
 NARROW = (torch.bfloat16, torch.float16)
 """The dtypes in which a step would lose what it adds: bfloat16 has 8 bits, float16 has 11."""

@@ -1,4 +1,4 @@
-"""The dashboard: everything that a regularizer does, in TensorBoard."""
+"""The dashboard of a regularized training in TensorBoard."""
 
 from torchreg.views.tensorboard.dashboard import TensorBoardMonitor
 

@@ -1,4 +1,4 @@
-"""Budget: a share of the time, for work that is done again and again."""
+"""A share of the time, for work that is repeated."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import time
 
 
 class Budget:
-    """Whether work may be done once more, so that all of it takes no more than a share of the time.
+    """Decides whether work may be done again, so that all of it takes at most a share of the time.
 
     Args:
-        share: of the time since now; None is no limit.
-        free: so many seconds do not count.
+        share: the share of the time since construction; None is no limit.
+        free: a number of seconds that do not count.
 
     >>> budget = Budget(0.01)
     >>> budget.allows()
     True
-    >>> budget.spend(5.0)  # once more would take as long: not before 1000 seconds have passed
+    >>> budget.spend(5.0)  # the next run would take as long: not before 1000 seconds have passed
     >>> budget.allows()
     False
     """
@@ -26,10 +26,10 @@ class Budget:
         self._started = time.perf_counter()
 
     def allows(self) -> bool:
-        """Once more, taking as long as the last time, it would stay within the share."""
+        """Whether one more run, as long as the last one, stays within the share."""
         return self._share is None or self._spent + self._last <= self._share * (time.perf_counter() - self._started)
 
     def spend(self, seconds: float) -> None:
-        """It was done, and took so long."""
+        """Records the cost of one run."""
         self._last = seconds
         self._spent += seconds

@@ -1,4 +1,4 @@
-"""TensorBoardMonitor: a dashboard of what a regularized network is doing."""
+"""TensorBoardMonitor: a dashboard of a regularized training."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import os
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,57 +20,58 @@ from torchreg.binding.loss import LastLoss
 from torchreg.binding.regularizer import Regularizer
 from torchreg.inspection.certificates import Stationarity
 from torchreg.inspection.zero_counts import sparsity
-from torchreg.optim.attachment import Attachment
+from torchreg.optim.attachment import carriers
 from torchreg.views import tags
 from torchreg.views.measurement import NEAR_ZERO, Gauge
 from torchreg.views.reading import read
 from torchreg.views.tensorboard import pictures, records, texts
-from torchreg.views.tensorboard.budget import Budget
-from torchreg.views.tensorboard.event_file import Sink, opener
-from torchreg.views.tensorboard.layout import FEW, layout
+from torchreg.views.tensorboard.agenda import Agenda
+from torchreg.views.tensorboard.event_file import opener
+from torchreg.views.tensorboard.layout import MAX_LINES, layout
 from torchreg.views.tensorboard.pictures import History
 from torchreg.views.tensorboard.records import Hyperparameter
+from torchreg.views.tensorboard.run_writer import RunWriter, WarnOnce, error_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 _TAGS = {"loss": "overview/loss", "accuracy": "overview/accuracy", "lr": "schedule/lr"}
 _METRICS = {"overview/sparsity": "sparsity", "overview/accuracy": "accuracy", "overview/params_kept": "weights left"}
-_FREE_SECONDS = 0.02  # of measuring, before the budget counts: short runs have points too
 
 
 class TensorBoardMonitor:
-    """Logs a regularized training to TensorBoard: sparsity, norms, penalties, masks; open it and see.
+    """Logs a regularized training to TensorBoard: sparsity, norms, penalties, masks.
 
-    `log` is called in every step, or every epoch, with whatever is at hand. Each name is written again when a multiple
-    of `every` has come since it was last; what comes between is not, but for the last of it, which `close` writes. The
-    weights are measured (`torchreg.measure`) as rarely, and no more often than the budget allows.
+    Call `log` in every step or every epoch, with any values you have. A value is written again when a multiple of
+    `every` was reached since it was last written; values in between are dropped, except for the last one, which `close`
+    writes. The weights are measured (`torchreg.measure`) as rarely, and no more often than the budget allows.
 
     The first page has sparsity, accuracy, loss and penalty; "Custom Scalars" their trade-off and the layers; "Images"
-    input map, masks and filters; "HParams" the strengths beside what they led to; "Text" a summary and a glossary.
+    input map, masks and filters; "HParams" the strengths and the results; "Text" a summary and a glossary.
 
-    Every record is on its way to the disk when `log` returns. A run that crashed and goes on from a checkpoint in the
-    same directory continues its curves: what was logged from the checkpoint's step on is replaced. Logging never stops
-    a training: when something goes wrong (the disk is full, a writer is closed), there is one warning.
+    The operating system has every record when `log` returns. A run that crashed and goes on from a checkpoint in the
+    same directory continues its curves: the records from the step of the checkpoint on are replaced. Logging never
+    stops a training: after an error (the disk is full, a writer is closed) there is one warning.
 
     Under `torch.distributed` the process of rank 0 writes, and every process calls `log`.
 
     Args:
         writer: the log directory of this run, which has no other monitor, or a
-            `torch.utils.tensorboard.SummaryWriter` to write into; in a resumed run that one needs its `purge_step`.
-        regularizer: what is measured.
-        every: write at every so many steps, ≥ 1. Writing what stands on a GPU waits for it.
-        images_every: draw images and histograms at every so many steps, ≥ 1; None: as the budget allows, and ever less
-            often; 0: never.
-        budget: the share of the time that measuring and drawing may take, a half each; None is no limit. Sharded
-            weights, which all processes gather together, are measured at every `every`-th step.
-        near_zero: what counts as nearly zero, ≥ 0, in units of a weight.
-        hparams: more hyperparameters of the run, to stand beside optimizer, learning rate and strengths.
+            `torch.utils.tensorboard.SummaryWriter` to write into; in a resumed run the SummaryWriter needs its
+            `purge_step`.
+        regularizer: the regularizer whose parameters are measured.
+        every: the number of steps between two records, ≥ 1. Writing a value that is on a GPU waits for the GPU.
+        images_every: the number of steps between images and histograms, ≥ 1; None: increasingly rarely, within the
+            budget; 0: never.
+        budget: the share of the time for measuring and drawing, half of it for each; None is no limit. Sharded weights,
+            which all processes gather together, are measured every `every` steps.
+        near_zero: the largest magnitude that counts as nearly zero, ≥ 0, in units of a weight.
+        hparams: more hyperparameters of the run, which are shown with optimizer, learning rate and strengths.
     Raises:
-        TypeError: the writer is neither a path nor a SummaryWriter, or the regularizer none.
-        ValueError: `every`, `images_every`, `budget` or `near_zero` is out of range, or `hparams` holds more than plain
-            numbers, texts and booleans.
-        NotADirectoryError, PermissionError: there is no making the log directory.
+        TypeError: `writer` is neither a path nor a SummaryWriter, or `regularizer` is not a Regularizer.
+        ValueError: `every`, `images_every`, `budget` or `near_zero` is out of range, or `hparams` has a value that is
+            not a plain number, a text or a boolean.
+        NotADirectoryError, PermissionError: the log directory cannot be created.
         ImportError: tensorboard is missing.
 
     >>> model = nn.Linear(3, 2)
@@ -105,29 +105,20 @@ class TensorBoardMonitor:
                 f"regularizer is a {type(regularizer).__name__}; build one first: Regularizer(model, L1(1e-4))"
             )
         self._regularizer = regularizer
-        self._every = whole_number("every", every)
-        self._images_every = None if images_every is None else whole_number("images_every", images_every, 0)
-        if budget is not None:
-            budget = nonnegative("budget", budget, "pass a share such as 0.01")
-        self._near_zero = nonnegative("near_zero", near_zero, "pass what counts as nearly zero, such as 1e-3")
-        self._hparams = _hyperparameters(hparams or {})
-        self._where, self._open = opener(writer)
-        self._sink: Sink | None = None  # none in processes of another rank, nor once writing failed
-        self._gauge: Gauge | None = None  # none before the first step, nor once the weights cannot be measured
-        self._sharded = self._closed = False
-        self._warned: set[str] = set()
-        self._written: dict[str, int] = {}  # the last step of each tag
-        self._given: dict[str, int] = {}  # by the names that `log` is given, the last step that was written
-        self._waiting: dict[str, tuple[int, Any]] = {}  # what came between two multiples of `every`
-        self._own: frozenset[str] = frozenset()  # the tags of what is measured
-        self._events: dict[tuple[str, ...], Any] = {}
-        self._first_step = 0
-        self._last_step: int | None = None
-        self._measured: int | None = None  # the last step of which the weights were measured
-        self._drawn: int | None = None  # and drawn
-        half = None if budget is None else budget / 2
-        self._measuring, self._drawing = Budget(half, free=_FREE_SECONDS), Budget(half)
+        every = whole_number("every", every)
+        images_every = None if images_every is None else whole_number("images_every", images_every, 0)
+        budget = None if budget is None else nonnegative("budget", budget, "pass a share such as 0.01")
+        self._near_zero = nonnegative("near_zero", near_zero, "pass a magnitude such as 1e-3")
+        self._hparams = _checked_hyperparameters(hparams or {})
+        self._name, self._open = opener(writer)
+        self._agenda = Agenda(every, images_every, budget)
+        self._warn = WarnOnce(self._name)
+        self._writer = RunWriter(self._warn)
         self._history = History()
+        self._gauge: Gauge | None = None  # None before the first step, and after the weights could not be measured
+        self._measured_tags: frozenset[str] = frozenset()
+        self._last_step: int | None = None
+        self._sharded = self._closed = False
 
     # ------------------------------------------------------------------ logging
 
@@ -140,47 +131,44 @@ class TensorBoardMonitor:
         lr: float | Sequence[float] | None = None,
         **values: Any,
     ) -> None:
-        """Logs what it is given, and what the weights look like now. Raises nothing.
+        """Logs these values, and the state of the weights. It raises no errors.
 
         Args:
-            step: of the training, one count for all that is logged; it grows. One that is smaller than the last means
-                that the run went back to a checkpoint: what was logged from there on is replaced.
-            loss: of this step, a number or a tensor; or `criterion.last` of a RegularizedLoss, which has both parts.
+            step: the step of the training, in one count for all values, which increases. A smaller step than the last
+                one means that the run went back to a checkpoint: the records from this step on are replaced.
+            loss: the loss of this step, a number or a tensor; or `criterion.last` of a RegularizedLoss, which has both
+                parts.
             accuracy: a share, 0 to 1.
-            lr: the learning rate, or a list of them as schedulers have it; by default the proximal optimizer's, of each
-                parameter group.
-            values: more numbers and 0-d tensors, or what `torchreg.stationarity` returned. Names without a slash go to
-                the first page. What is None is left out.
+            lr: the learning rate, or a list as schedulers return it; by default that of the proximal optimizer, for
+                each parameter group.
+            values: more numbers and 0-d tensors, or the result of `torchreg.stationarity`. Names without a slash are
+                on the first page. Values of None are left out.
         """
         try:
             if self._closed:
-                self._warn("closed", "it is closed, and what is logged now is lost")
-            elif (number := _step(step)) is None:
-                self._warn("step", f"step={step!r} is no whole number ≥ 0, and what is logged with it is lost")
+                self._warn("closed", "the monitor is closed, and values logged now are lost")
+            elif (number := _step_number(step)) is None:
+                self._warn("step", f"step={step!r} is not a whole number ≥ 0, and its values are lost")
             else:
                 self._log(number, {"loss": loss, "accuracy": accuracy, "lr": lr, **values})
         except Exception as error:
-            if self._last_step is None:  # the next call may begin: by then a lazy module has its shape
-                self._warn("not begun", f"nothing is logged before this is put right: {_told(error)}")
+            if self._last_step is None:  # the next call may succeed, when a lazy module has its shape
+                self._warn("not begun", f"nothing is logged before this is fixed: {error_text(error)}")
             else:
-                self._stop(error)
+                self._writer.stop(error)
 
     def flush(self) -> None:
-        """Waits until all is written. A monitor with a file of its own has nothing to wait for."""
-        try:
-            if self._sink is not None:
-                self._sink.flush()
-        except Exception as error:
-            self._stop(error)
+        """Waits until all records are written. A monitor with its own file has nothing to wait for."""
+        self._writer.flush()
 
     def close(self) -> None:
-        """Writes what waits, a last measurement, pictures and the summary; a SummaryWriter stays open."""
+        """Writes postponed values, a last measurement, pictures and the summary; a SummaryWriter stays open."""
         self._close(finish=True)
 
     def __enter__(self) -> TensorBoardMonitor:
         return self
 
-    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *details: object) -> None:
         # A process that fails alone must not wait for the others to gather their shards.
         self._close(finish=error is None or not self._sharded, failed=error is not None)
 
@@ -189,53 +177,43 @@ class TensorBoardMonitor:
             return
         self._closed = True
         try:
-            if finish and self._at_work and self._last_step is not None:
+            if finish and self._is_active and self._last_step is not None:
                 self._finish(self._last_step, failed)
-            if self._sink is not None:
-                self._sink.close()
         except Exception as error:
-            self._stop(error)
+            self._writer.stop(error)
+        self._writer.close()
 
-    def _log(self, step: int, given: Mapping[str, Any]) -> None:
+    def _log(self, step: int, values: Mapping[str, Any]) -> None:
         if self._last_step is None:
             self._begin(step)
         elif step < self._last_step:
             self._go_back(step, self._last_step)
         self._last_step = step
-        if not self._at_work:
+        if not self._is_active:
             return
-        due = {}
-        for name, value in given.items():
-            if value is None and name != "lr":
-                continue
-            if _due(step, self._given.get(name), self._every):
-                self._waiting.pop(name, None)
-                self._given[name] = step
-                due[name] = value
-            else:  # a copy without its graph: running sums change in place
-                self._waiting[name] = (step, value.detach().clone() if isinstance(value, Tensor) else value)
-        numbers, tensors = self._taken(due)
-        if _due(step, self._measured, self._every) and (self._sharded or self._measuring.allows()):
-            with self._looking():
+        present = {name: value for name, value in values.items() if value is not None or name == "lr"}
+        numbers, tensors = self._numbers(self._agenda.due_values(step, present))
+        if self._agenda.measurement_is_due(step):
+            with self._measuring():
                 numbers |= self._measure(step, tensors)
         numbers |= _read(tensors)
-        self._write(step, numbers)
+        self._writer.write_scalars(step, numbers)
         if numbers.get(_TAGS["accuracy"], 0) > 1:
-            self._warn("accuracy", "accuracy is a share, and is drawn beside sparsity: log 0.92 for 92%")
-        if self._due_to_draw(step):
-            with self._looking():
+            self._warn("accuracy", "accuracy must be a share, since its charts also show sparsity: log 0.92 for 92%")
+        if self._agenda.pictures_are_due(step):
+            with self._measuring():
                 self._draw(step)
 
     @property
-    def _at_work(self) -> bool:
-        """It writes, or gathers shards with the process that does."""
-        return self._sink is not None or self._sharded
+    def _is_active(self) -> bool:
+        """Whether this process writes, or gathers shards together with the process that writes."""
+        return self._writer.is_open or self._sharded
 
-    # ------------------------------------------------------------------ what is given
+    # ------------------------------------------------------------------ values
 
-    def _expanded(self, given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-        """(tag, value) of all that is given, without graphs."""
-        for name, value in given.items():
+    def _tagged(self, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        """(tag, value) of all values, without graphs; a loss or a certificate has several parts."""
+        for name, value in values.items():
             if name == "lr" and value is None:
                 groups = [group for optimizer in self._optimizers() for group in optimizer.param_groups]
                 value = [group["lr"] for group in groups if "lr" in group]
@@ -244,27 +222,27 @@ class TensorBoardMonitor:
                 yield "overview/objective", value.total
             elif isinstance(value, Stationarity):
                 try:
-                    found = {} if self._gauge is None else self._gauge.certified(value)
+                    numbers = {} if self._gauge is None else self._gauge.certificate_numbers(value)
                 except ValueError as error:
                     self._warn(name, f"{name} is left out: {error}")
                 else:
-                    yield from found.items()
+                    yield from numbers.items()
             elif name == "lr" and isinstance(value, (list, tuple)):
                 ends = [""] if len(value) == 1 else [f".{i}" for i in range(len(value))]
                 yield from ((_TAGS["lr"] + end, rate) for end, rate in zip(ends, value, strict=True))
             elif value is not None:
                 tag = _TAGS.get(name) or tags.safe(name)
                 tag = tag if "/" in tag else f"overview/{tag}"
-                if tag in self._own:
-                    self._warn(tag, f"{tag} is measured, so the logged one is left out; give it another name")
+                if tag in self._measured_tags:
+                    self._warn(tag, f"{tag} is measured, so the logged value is left out; give it another name")
                 else:
                     yield tag, value.detach() if isinstance(value, Tensor) else value
 
-    def _taken(self, given: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """The numbers among what is given, by tag, and those that are still on a device."""
+    def _numbers(self, values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """The values by tag: those that are numbers already, and those that are still on a device."""
         numbers: dict[str, float] = {}
         tensors: dict[str, Tensor] = {}
-        for tag, value in self._expanded(given):
+        for tag, value in self._tagged(values):
             try:
                 if isinstance(value, Tensor) and value.numel() == 1 and not (value.is_complex() or value.is_meta):
                     value = unsharded(value)
@@ -272,38 +250,30 @@ class TensorBoardMonitor:
                         tensors[tag] = value.reshape(())
                         continue
                 numbers[tag] = float(value.item() if hasattr(value, "item") else value)
-            except Exception:  # whatever an object of the user's raises
+            except Exception:  # an object of the user may raise anything
                 kind = f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                self._warn(tag, f"{tag} is a {kind} and no number, so it is left out; log a number or a 0-d tensor")
+                self._warn(tag, f"{tag} is a {kind} and not a number, so it is left out; log a number or a 0-d tensor")
         return numbers, tensors
 
     def _optimizers(self) -> list[Optimizer]:
         """The proximal optimizers that carry the regularizer."""
-        routes = [route for route in self._regularizer._live_routes() if isinstance(route, Attachment)]
-        return [optimizer for route in routes if (optimizer := route._optimizer()) is not None]
+        return [carrier.optimizer for carrier in carriers(self._regularizer)]
 
-    # ------------------------------------------------------------------ the weights
-
-    def _due_to_draw(self, step: int) -> bool:
-        if self._images_every == 0:
-            return False
-        if self._images_every is not None or self._drawn is None:
-            return _due(step, self._drawn, self._images_every or 1)
-        further = step - self._first_step >= 1.25 * (self._drawn - self._first_step) + self._every
-        return further and (self._sharded or self._drawing.allows())
+    # ------------------------------------------------------------------ weights
 
     def _measure(self, step: int, tensors: dict[str, Tensor]) -> dict[str, float]:
-        """The numbers of the weights and of `tensors`, which it empties, in one read of each device."""
+        """The numbers of the weights and of `tensors`, in one read of each device. It empties `tensors`."""
         if self._gauge is None:
             return {}
-        started = time.thread_time()  # not of the wall: what others take on a busy machine is not its own
-        numbers, also = self._gauge.read(self._near_zero, list(tensors.values()))
+        started = time.thread_time()  # not wall time, which other processes of a busy machine prolong
+        numbers, others = self._gauge.read(self._near_zero, list(tensors.values()))
         for name, message in self._gauge.broken.items():
             self._warn(name, message)
-        self._measuring.spend(time.thread_time() - started - self._gauge.waited)
-        self._measured, self._own = step, frozenset(numbers)
+        self._agenda.measuring.spend(time.thread_time() - started - self._gauge.waiting_seconds)
+        self._agenda.note_measurement(step)
+        self._measured_tags = frozenset(numbers)
         self._history.add(step, numbers)
-        numbers.update(zip(tensors, also, strict=True))
+        numbers.update(zip(tensors, others, strict=True))
         tensors.clear()
         return numbers
 
@@ -311,171 +281,120 @@ class TensorBoardMonitor:
         if self._gauge is None:
             return
         started = time.thread_time()
-        self._drawn = step
+        self._agenda.note_pictures(step)
         values = list(pictures.pictures(self._gauge.entries(), self._gauge.tags))
-        if self._sink is not None and len(self._gauge.tags) > FEW and importlib.util.find_spec("matplotlib"):
-            # Here alone one process does what the others do not: it must not miss the next gathering of shards.
+        many = len(self._gauge.tags) > MAX_LINES
+        if self._writer.is_open and many and importlib.util.find_spec("matplotlib"):
+            # Only the writing process gets here, so an error must not make it miss the next gathering of shards.
             try:
                 values += [records.figure("weight_masks/sparsity_of_all_layers", f) for f in self._history.figures()]
             except Exception as error:
-                self._warn("figure", f"the sparsity of all layers is not drawn: {_told(error)}")
-        self._add(step, values)
-        self._drawing.spend(time.thread_time() - started)
+                self._warn("figure", f"the sparsity of all layers is not drawn: {error_text(error)}")
+        self._writer.write_values(step, values)
+        self._agenda.drawing.spend(time.thread_time() - started)
 
     @contextlib.contextmanager
-    def _looking(self) -> Iterator[None]:
-        """Around what looks at the weights: where it fails, as where a module was replaced, the rest goes on."""
+    def _measuring(self) -> Iterator[None]:
+        """Turns an error in its block, such as that of a replaced module, into a warning; all other logging goes on."""
         try:
             yield
         except Exception as error:
             self._gauge = None
-            self._warn("measured", f"measuring the weights stops here, all else goes on: {_told(error)}")
+            self._warn("measured", f"the weights are not measured any more, other logging goes on: {error_text(error)}")
 
-    # ------------------------------------------------------------------ writing
+    # ------------------------------------------------------------------ the run
 
     def _begin(self, step: int) -> None:
-        self._first_step = step
         self._gauge = Gauge(self._regularizer)
+        self._agenda.start(step)
         self._sharded = any(is_sharded(w) for _, w in self._regularizer.named_parameters())
-        if _is_other_rank():
+        self._agenda.bound_by_steps = self._sharded
+        if not _is_rank_0():
             return
+        has_earlier_run = self._writer.open(self._open, step)
+        if has_earlier_run and step <= 1:
+            self._warn(
+                "earlier",
+                f"there is an earlier run in this directory, and its points from step {step} on are replaced; log "
+                "into another one to keep both",
+            )
         try:
-            self._sink = self._open(step)
-            if step <= 1 and getattr(self._sink, "earlier", False):
-                self._warn(
-                    "earlier",
-                    f"there is an earlier run in this directory, and its points from step {step} on are replaced; log "
-                    "into another one to keep both",
-                )
             values = [
                 records.layout(layout(list(self._gauge.tags.values()))),
                 records.text("about/3_glossary", texts.glossary(self._near_zero)),
-                records.text("about/2_regularizer", texts.regularizer(self._regularizer)),
-                *records.hyperparameters(printable(self._where, 1000), self._all_hyperparameters(), _METRICS),
+                records.text("about/2_regularizer", texts.regularizer_text(self._regularizer)),
+                *records.hyperparameters(printable(self._name, 1000), self._hyperparameters(), _METRICS),
             ]
-            self._add(step, values)
+            self._writer.write_values(step, values)
         except Exception as error:
-            self._stop(error)
+            self._writer.stop(error)
 
     def _finish(self, step: int, failed: bool) -> None:
-        """The end of a run: its last state, so that no curve stops short."""
-        for name, (when, value) in self._waiting.items():
-            numbers, tensors = self._taken({name: value})
-            self._write(when, numbers | _read(tensors))
-        with self._looking():
-            if self._measured != step:
-                self._write(step, self._measure(step, {}))
-            if self._drawn != step and self._images_every != 0:
+        """Writes the last state of the run, so that every curve reaches the last step."""
+        for name, (value_step, value) in self._agenda.postponed.items():
+            numbers, tensors = self._numbers({name: value})
+            self._writer.write_scalars(value_step, numbers | _read(tensors))
+        with self._measuring():
+            if not self._agenda.was_measured(step):
+                self._writer.write_scalars(step, self._measure(step, {}))
+            if self._agenda.draws and not self._agenda.was_drawn(step):
                 self._draw(step)
             if self._gauge is not None:
-                self._add(step, [records.text("about/1_summary", texts.summary(sparsity(self._regularizer)))])
-        self._add(step, [records.end(failed)])
+                summary = texts.sparsity_text(sparsity(self._regularizer))
+                self._writer.write_values(step, [records.text("about/1_summary", summary)])
+        self._writer.write_values(step, [records.end(failed)])
 
     def _go_back(self, step: int, last: int) -> None:
-        """The run went back to a checkpoint: what was written from `step` on does not hold any more."""
+        """Continues at a smaller step, after a return to a checkpoint."""
         self._warn(
             "back",
             f"step {step} was logged after step {last}, so what was logged from {step} on is replaced. If the training "
             "did not go back to a checkpoint, log a step that grows through all epochs",
         )
-        self._emit(records.restart(step))
-        # All is due at once: a reader that knows no restarts drops what is not before the next point of a tag.
-        self._written.clear()
-        self._given.clear()
-        self._waiting = {name: item for name, item in self._waiting.items() if item[0] < step}
-        self._measured = self._drawn = None
-        self._first_step = min(step, self._first_step)
-        self._history.cut(step)
+        self._writer.restart(step)
+        self._agenda.go_back(step)
+        self._history.go_back(step)
 
-    def _write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """One record for all numbers of a step."""
-        numbers = {tag: number for tag, number in numbers.items() if self._written.get(tag) != step}  # each once
-        self._written.update(dict.fromkeys(numbers, step))
-        key = tuple(numbers)
-        if not key or self._sink is None:
-            return
-        if key not in self._events:
-            if len(self._events) == 16:
-                self._events.clear()
-            self._events[key] = records.scalars(key)
-        event = self._events[key]
-        for value, number in zip(event.summary.value, numbers.values(), strict=True):
-            value.simple_value = number
-        event.step, event.wall_time = step, time.time()
-        self._emit(event)
-
-    def _add(self, step: int, values: Sequence[Any]) -> None:
-        self._emit(records.event(step, values))
-
-    def _emit(self, event: Any) -> None:
-        # Caught here and not further up: processes that gather shards must not miss one another.
-        try:
-            if self._sink is not None:
-                self._sink.write(event)
-        except Exception as error:
-            self._stop(error)
-
-    def _stop(self, error: Exception) -> None:
-        """Writing is over: one warning, and the training goes on."""
-        sink, self._sink = self._sink, None
-        if sink is not None:
-            with contextlib.suppress(Exception):
-                sink.close()
-        self._warn("stopped", f"logging stops here and training goes on: {_told(error)}")
-
-    def _warn(self, about: str, message: str) -> None:
-        if about not in self._warned:
-            self._warned.add(about)
-            warnings.warn(f"TensorBoardMonitor({self._where}): {message}", stacklevel=4)
-
-    def _all_hyperparameters(self) -> dict[str, Hyperparameter]:
-        found: dict[str, Hyperparameter] = {}
+    def _hyperparameters(self) -> dict[str, Hyperparameter]:
+        """Optimizer, learning rate, strengths and the hyperparameters of the user."""
+        hyperparameters: dict[str, Hyperparameter] = {}
         if optimizers := self._optimizers():
-            found["optimizer"] = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
+            hyperparameters["optimizer"] = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
             group = optimizers[0].param_groups[0]
-            # A scheduler's own: the peak of OneCycleLR, where others begin.
+            # The rate that a scheduler starts from, or the peak of OneCycleLR.
             rate = group.get("max_lr", group.get("initial_lr", group.get("lr")))
             if rate is not None:
-                found["lr"] = float(rate)
+                hyperparameters["lr"] = float(rate)
         terms = self._regularizer.terms
         for key, term in terms.items():
             for name, strength in term.strengths.items():
                 label = key if len(term.strengths) == 1 else f"{key}.{name}"
                 if len(terms) == 1 and len(term.strengths) > 1:
-                    label = name  # the λ₁ of an elastic net stands in one column with the λ of L1
-                found[f"lambda_{printable(label)}"] = strength
-        return {**found, **self._hparams}
-
-
-def _due(step: int, last: int | None, every: int) -> bool:
-    """A multiple of `every` has come, or been jumped over, since the last time."""
-    return last is None or step // every != last // every
+                    label = name  # so the λ₁ of an elastic net is in the same column as the λ of L1
+                hyperparameters[f"lambda_{printable(label)}"] = strength
+        return {**hyperparameters, **self._hparams}
 
 
 def _read(tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    found, _ = read(list(tensors.values()))
-    return {tag: value for tag, [value] in zip(tensors, found, strict=True)}
+    entries, _ = read(list(tensors.values()))
+    return {tag: value for tag, [value] in zip(tensors, entries, strict=True)}
 
 
-def _step(value: Any) -> int | None:
-    """A whole number ≥ 0, of whatever type: `step=epoch * 1.0` and a counter on the CPU will do."""
+def _step_number(value: Any) -> int | None:
+    """A whole number ≥ 0 of any type, such as `epoch * 1.0` or a counter on the CPU, as an int; otherwise None."""
     try:
         return int(value) if value == int(value) >= 0 else None
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return None
 
 
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-def _is_other_rank() -> bool:
-    """Another process than the one of rank 0, which writes."""
+def _is_rank_0() -> bool:
+    """Whether this is the process that writes."""
     distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
-def _hyperparameters(values: Mapping[str, Any]) -> dict[str, Hyperparameter]:
+def _checked_hyperparameters(values: Mapping[str, Any]) -> dict[str, Hyperparameter]:
     if not isinstance(values, Mapping):
         raise TypeError(f'hparams is a {type(values).__name__}; pass a dict: hparams={{"width": 300}}')
     for name, value in values.items():

@@ -1,4 +1,4 @@
-"""The custom-scalar page: which curves stand together, generated for the model at hand."""
+"""The custom-scalar page: the curves that share a chart, generated for a model."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-FEW = 6  # layers that one can tell apart as lines; above, a band from the least to the most sparse one
-LINES = 4  # lines in a chart
-MOST = 8  # of many terms, and of more than 24 weights, so many are shown one by one
+MAX_LINES = 6  # more layers than these are a band from the least to the most sparse layer
+_LINES_PER_CHART = 4
+_MAX_WEIGHTS = 24  # of more weights only some are drawn
+_SAMPLE = 8
 
 T = TypeVar("T")
 
 
-def some(items: Sequence[T], most: int = MOST) -> list[T]:
-    """At most `most` of them, evenly spread, with the first and the last.
+def evenly_spread(items: Sequence[T], most: int = _SAMPLE) -> list[T]:
+    """At most `most` items at even distances, including the first and the last.
 
-    >>> some(range(300), 4)
+    >>> evenly_spread(range(300), 4)
     [0, 100, 199, 299]
     """
     if len(items) <= most:
@@ -27,7 +28,8 @@ def some(items: Sequence[T], most: int = MOST) -> list[T]:
 def layout(parameters: Sequence[str]) -> Any:
     """A `Layout` of three pages: the trade-off, sparsity by layer, and norms.
 
-    It is the same for every penalty: TensorBoard shows the charts of all runs, and one that differs a second time.
+    It does not depend on the penalty: TensorBoard merges the charts of all runs, and would show a chart that differs
+    between runs twice.
 
     Args:
         parameters: the tags of the weights.
@@ -35,18 +37,18 @@ def layout(parameters: Sequence[str]) -> Any:
     from tensorboard.plugins.custom_scalar import layout_pb2 as pb
 
     def matches(title: str, *patterns: str) -> Any:
-        # Regular expressions, matched from the start.
+        # A pattern is a regular expression that must match the start of a tag.
         return pb.Chart(title=title, multiline=pb.MultilineChartContent(tag=patterns))
 
     def lines(title: str, tags: Sequence[str]) -> Any:
         return matches(title, *(f"^{re.escape(tag)}$" for tag in tags))
 
     def by_layer(title: str, metric: str) -> list[Any]:
-        shown = list(parameters) if len(parameters) <= 24 else some(parameters)
+        shown = list(parameters) if len(parameters) <= _MAX_WEIGHTS else evenly_spread(parameters)
         if len(shown) < len(parameters):
             title += f", {len(shown)} of {len(parameters)} weights"
         tags = [f"{metric}/{parameter}" for parameter in shown]
-        pages = [tags[i : i + LINES] for i in range(0, len(tags), LINES)]
+        pages = [tags[i : i + _LINES_PER_CHART] for i in range(0, len(tags), _LINES_PER_CHART)]
         numbers = [f" ({i + 1} of {len(pages)})" if len(pages) > 1 else "" for i in range(len(pages))]
         return [lines(title + number, page) for number, page in zip(numbers, pages, strict=True)]
 
@@ -66,11 +68,11 @@ def layout(parameters: Sequence[str]) -> Any:
         matches("penalty by term", "^penalty/"),
         matches("λ by term", "^schedule/lambda_"),
         lines("weights that became zero or nonzero", ["support_churn/total"]),
-        spread,  # TensorBoard draws it last in any case
+        spread,  # TensorBoard draws a chart with a band last, at any position in this list
     ]
     zeros = by_layer("zeros", "sparsity")
     dead = [*by_layer("dead inputs", "sparsity_inputs"), *by_layer("dead neurons", "sparsity_neurons")]
-    sparsity = [*zeros, *dead] if len(parameters) <= FEW else [spread, *zeros]
+    sparsity = [*zeros, *dead] if len(parameters) <= MAX_LINES else [spread, *zeros]
     norms = [*by_layer("L2 norm", "weight_norm_l2"), *by_layer("λ·step", "threshold")]
     return pb.Layout(
         category=[

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 BINS = 64
-SAMPLE = 100_000  # a histogram of more entries is one of so many spread ones, scaled up
+SAMPLE = 100_000  # a histogram of more entries is that of an evenly spread sample of this size, scaled up
 
 Hyperparameter = bool | int | float | str
 
 
 def event(step: int, values: Sequence[Any]) -> Any:
-    """An `Event` of several values, now."""
+    """An `Event` of several values, with the present time."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -26,23 +26,23 @@ def event(step: int, values: Sequence[Any]) -> Any:
 
 
 def restart(step: int) -> Any:
-    """An `Event` that declares void what was written for `step` and later ones."""
+    """An `Event` that declares the records of `step` and of later steps void."""
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
     return Event(step=step, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
 
 
 def scalars(tags: Sequence[str]) -> Any:
-    """An `Event` of so many scalars, to be filled in again and again."""
+    """An `Event` with a scalar for each tag, which is filled in again and again."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     return event(0, [Summary.Value(tag=tag, simple_value=0.0) for tag in tags])
 
 
 def image(tag: str, pixels: Tensor, side: int = 224) -> Any:
-    """An image from (height, width) in [0, 1], black is 0, or (height, width, 3) bytes.
+    """An image from (height, width) in [0, 1], where 0 is black, or from (height, width, 3) bytes.
 
-    It is enlarged to about `side`, and where it is thinner than 1 : 3 to about that.
+    It is enlarged to about `side` pixels, and made thicker if it is thinner than 1 : 3.
     """
     from PIL import Image
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -52,7 +52,7 @@ def image(tag: str, pixels: Tensor, side: int = 224) -> Any:
     pixels = (pixels * 255).round().to(torch.uint8) if grey else pixels
     longest = max(pixels.shape[:2])
     times = max(1, side // longest)
-    # Nearest neighbours: TensorBoard draws small images large, and each browser in its own way.
+    # Enlarged here by repetition: browsers would enlarge a small image, each in a different way.
     for axis, length in enumerate(pixels.shape[:2]):
         pixels = pixels.repeat_interleave(max(times, longest * times // (3 * length)), axis)
     png = io.BytesIO()
@@ -64,13 +64,13 @@ def image(tag: str, pixels: Tensor, side: int = 224) -> Any:
     return Summary.Value(tag=tag, image=encoded)
 
 
-def figure(tag: str, drawn: Any) -> Any:
-    """An image from a Matplotlib figure."""
+def figure(tag: str, source: Any) -> Any:
+    """An image of a Matplotlib figure."""
     from PIL import Image
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     png = io.BytesIO()
-    drawn.savefig(png, format="png", dpi=min(100, 600 / max(drawn.get_size_inches())))
+    source.savefig(png, format="png", dpi=min(100, 600 / max(source.get_size_inches())))
     width, height = Image.open(io.BytesIO(png.getvalue())).size
     return Summary.Value(
         tag=tag,
@@ -79,7 +79,7 @@ def figure(tag: str, drawn: Any) -> Any:
 
 
 def histogram(tag: str, w: Tensor) -> Any | None:
-    """A histogram of the finite nonzero entries, complex ones by their modulus; None if there are none."""
+    """A histogram of the finite nonzero entries, complex ones by their modulus; None without such entries."""
     from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 
     flat = (w.abs() if w.is_complex() else w).reshape(-1)
@@ -101,7 +101,7 @@ def histogram(tag: str, w: Tensor) -> Any | None:
             num=len(alive),
             sum=sample.sum().item() * scale,
             sum_squares=sample.square().sum().item() * scale,
-            # The first bucket is empty: a bucket says where it ends, and the one before where it begins.
+            # A bucket has an upper limit alone, so an empty first bucket gives the lower limit of the second one.
             bucket_limit=edges.tolist(),
             bucket=[0.0, *counts.tolist()],
         ),
@@ -119,9 +119,9 @@ def layout(charts: Any) -> Any:
 
 
 def hyperparameters(run: str, values: Mapping[str, Hyperparameter], metrics: Mapping[str, str]) -> list[Any]:
-    """What the hyperparameter page shows of a run, by its name: `values`, and the scalars `metrics` by their titles.
+    """The hyperparameters `values` of a run, and the scalars `metrics` by their titles, for the hyperparameter page.
 
-    They stand in the run itself: `SummaryWriter.add_hparams` makes a run of its own for them.
+    They are part of the run itself, whereas `SummaryWriter.add_hparams` makes a separate run for them.
     """
     from tensorboard.plugins.hparams import summary_v2 as hp
 
@@ -129,22 +129,22 @@ def hyperparameters(run: str, values: Mapping[str, Hyperparameter], metrics: Map
         hparams=[hp.HParam(name, display_name=name) for name in values],
         metrics=[hp.Metric(tag, display_name=title) for tag, title in metrics.items()],
     )
-    # Each run is a trial of its own, also where only the seed differs. Its name comes first: the table cuts it short.
+    # Each run is a separate trial, even if only the seed differs. Its name comes first, since the table cuts it short.
     folder, name = os.path.split(run)
     start = hp.hparams_pb(dict(values), trial_id=f"{name} in {folder}" if name and folder else run)
     return [*config.value, *start.value]
 
 
 def end(failed: bool) -> Any:
-    """A run has come to its end, by an error or without."""
+    """The end of a run, with or without an error."""
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
     status = api_pb2.STATUS_FAILURE if failed else api_pb2.STATUS_SUCCESS
-    done = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=time.time())
+    info = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=time.time())
     return Summary.Value(
         tag=metadata.SESSION_END_INFO_TAG,
-        metadata=metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=done)),
+        metadata=metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=info)),
         tensor=metadata.NULL_TENSOR,
     )
 

@@ -1,4 +1,4 @@
-"""Checkpoints: the named tensors of a file that nobody vouches for. Nothing in it is run."""
+"""The named tensors of a checkpoint file from an untrusted source. Reading a file runs no code from it."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _SAVE = "save the state dict alone: torch.save(model.state_dict(), path)"
 
 
 class CheckpointError(ValueError):
-    """A file is no checkpoint that can be read; the message says why, and what to do."""
+    """A file is not a checkpoint that can be read; the message gives the reason and the next move."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A state dict as it lies in a file.
+    """A state dict as it is stored in a file.
 
     Attributes:
-        path, format, size: the file, "torch.save" or "safetensors", and its bytes.
-        key: where in the file the state dict was found, dotted; "" if it is the whole file.
-        tensors: each tensor once, by its name without wrappers, in the file's order.
-        ties: the other names of a tensor that has several, by its first.
-        skipped: the names of entries that are no tensors.
+        path, format, size: the file, "torch.save" or "safetensors", and its number of bytes.
+        key: the dotted key of the state dict in the file; "" if it is the whole file.
+        tensors: each tensor once, by its name without wrappers, in the order of the file.
+        ties: for a tensor with several names, the other names by the first one.
+        skipped: the names of the entries that are not tensors.
     """
 
     path: str
@@ -46,54 +46,55 @@ class Checkpoint:
     skipped: tuple[str, ...]
 
 
-def read(path: str | Path, key: str | None = None) -> Checkpoint:
+def read_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
     """Reads the state dict of a file written by torch.save, in its zip or legacy format, or by safetensors.
 
-    Only tensors and plain containers are unpickled, and the data are mapped, not read, where the format allows it.
+    Only tensors and plain containers are unpickled. The data are memory-mapped where the format allows it.
 
     Args:
         path: the file.
-        key: where in it the state dict lies, dotted: "model", "ema.shadow". Without it the file is a state dict, or
-            holds one.
+        key: the dotted key of the state dict in the file: "model", "ema.shadow". Without it the file must be a state
+            dict, or hold exactly one.
     Returns:
-        A `Checkpoint`, its tensors on the CPU.
+        A `Checkpoint` with its tensors on the CPU.
     Raises:
-        CheckpointError: it cannot be opened, is damaged, holds pickled objects, no state dict, or several.
+        CheckpointError: the file cannot be opened, is damaged, or holds pickled objects, no state dict or several.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "run.pt")
     >>> torch.save({"epoch": 3, "model": nn.Linear(3, 2).state_dict()}, path)
-    >>> found = read(path)
-    >>> found.key, list(found.tensors)
+    >>> checkpoint = read_checkpoint(path)
+    >>> checkpoint.key, list(checkpoint.tensors)
     ('model', ['weight', 'bias'])
     """
     head, size = _head(path)
-    if str(path).endswith(".safetensors") or head[8:9] == b"{":  # a header's length, and the header in JSON
-        kind, content = "safetensors", _safetensors(path)
+    if str(path).endswith(".safetensors") or head[8:9] == b"{":  # the length of the header, and the header in JSON
+        kind, content = "safetensors", _load_safetensors(path)
     else:
-        kind, content = "torch.save", _torch(path, head)
-    where, entries = _state_dict(path, content, key)
+        kind, content = "torch.save", _load_torch(path, head)
+    state_key, entries = _state_dict(path, content, key)
     tensors, skipped = {}, []
     for name, value in entries.items():
         if not isinstance(value, Tensor):
             skipped.append(str(name) if isinstance(name, str) else type(name).__name__)
         elif isinstance(name, str):
-            tensors[name] = Tensor.detach(value)  # from the class: a pickle may set attributes on a tensor
+            tensors[name] = Tensor.detach(value)  # the method of the class, since a pickle may set attributes
         else:
             raise CheckpointError(f"{path} has a tensor under a {type(name).__name__} for a name; {_SAVE}")
     _validate(path, tensors, size)
-    once, ties = _once(dict(zip(_clean(list(tensors)), tensors.values(), strict=True)))
-    return Checkpoint(str(path), kind, size, where, once, ties, tuple(skipped))
+    names = _without_wrappers(list(tensors))
+    distinct, ties = _without_ties(dict(zip(names, tensors.values(), strict=True)))
+    return Checkpoint(str(path), kind, size, state_key, distinct, ties, tuple(skipped))
 
 
 def _head(path: str | Path) -> tuple[bytes, int]:
-    """The file's first bytes, and its size."""
+    """The first bytes of the file, and its size."""
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
             raise CheckpointError(f"{path} is a directory; name the file in it")
         if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path} is no regular file; copy what it gives to one")
+            raise CheckpointError(f"{path} is not a regular file; copy its content to one")
         with open(path, "rb") as file:
             head = file.read(32)
     except OSError as error:
@@ -105,7 +106,7 @@ def _head(path: str | Path) -> tuple[bytes, int]:
     return head, status.st_size
 
 
-def _torch(path: str | Path, head: bytes) -> object:
+def _load_torch(path: str | Path, head: bytes) -> object:
     zipped = head.startswith(b"PK\x03\x04")
     try:
         if zipped:
@@ -115,82 +116,87 @@ def _torch(path: str | Path, head: bytes) -> object:
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
     except CheckpointError:
         raise
-    except Exception as error:  # what a broken file makes of torch.load is of a dozen types
-        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+    except Exception as error:  # torch.load raises a dozen types of errors for a broken file
+        if pickled := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(
-                f"{path} holds a pickled {printable(refused[1])}, and loading it would run code from the file; {_SAVE}"
+                f"{path} holds a pickled {printable(pickled[1])}, and loading it would run code from the file; {_SAVE}"
             ) from None
         raise CheckpointError(
-            f"{path} is no file of torch.save or safetensors, or it is damaged ({type(error).__name__}); save it again"
+            f"{path} is not a file of torch.save or safetensors, or it is damaged ({type(error).__name__}); save it "
+            "again"
         ) from None
 
 
 def _check_archive(path: str | Path) -> None:
+    """Refuses zip files that torch.save does not write."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
     if any(entry.filename.endswith("/constants.pkl") for entry in entries):
         raise CheckpointError(f"{path} is a TorchScript archive, which is code; {_SAVE}")
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        # torch.save never compresses; a few bytes could unpack to more than the memory holds.
+        # torch.save never compresses; a few compressed bytes could expand to more than the memory holds.
         raise CheckpointError(f"{path} is a compressed zip, which torch.save does not write; unpack it first")
 
 
-def _safetensors(path: str | Path) -> object:
+def _load_safetensors(path: str | Path) -> object:
     if importlib.util.find_spec("safetensors") is None:
-        raise CheckpointError(f"{path} is read by the package safetensors; install it: pip install '.[report]'")
+        raise CheckpointError(f"{path} needs the package safetensors; install it: pip install '.[report]'")
     from safetensors import safe_open
 
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
-            # The format keeps no order: layer 2 before layer 10.
+            # The format keeps no order. Numbers are padded, so that layer 2 comes before layer 10.
             names = sorted(file.keys(), key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(9), name))
             return {name: file.get_tensor(name) for name in names}
     except Exception as error:
-        raise CheckpointError(f"{path} is no safetensors file, or it is damaged ({error}); save it again") from None
+        raise CheckpointError(f"{path} is not a safetensors file, or it is damaged ({error}); save it again") from None
 
 
 def _state_dict(path: str | Path, content: object, key: str | None) -> tuple[str, dict[object, object]]:
-    """Where in `content` the state dict lies, and its entries."""
-    source = content if key is None else _follow(path, content, key)
+    """The dotted key of the state dict in `content`, and its entries."""
+    source = content if key is None else _follow_key(path, content, key)
     entries = _entries(source)
     nested = [
         name
         for name, value in entries.items()
         if isinstance(name, str)
-        and not name.endswith("_extra_state")  # a module's own, inside a state dict
+        and not name.endswith("_extra_state")  # a module's extra state is part of its state dict
         and value is not source
         and _has_tensors(_entries(value))
     ]
-    if {"state_dict", "pytorch-lightning_version"} <= entries.keys():  # its callbacks may hold tensors too
+    if {"state_dict", "pytorch-lightning_version"} <= entries.keys():  # Lightning's callbacks may hold tensors too
         nested = [name for name in nested if name == "state_dict"]
     if _has_tensors(entries) and (key is not None or not nested):
         return key or "", entries
     prefix = f"{key}." if key else ""
     if len(nested) == 1:
         return prefix + nested[0], _entries(entries[nested[0]])
-    here = f"{path} at {key}" if key else str(path)
+    place = f"{path} at {key}" if key else str(path)
     if nested:
-        found = _listed(prefix + name for name in nested)
-        raise CheckpointError(f"{here} holds {len(nested)} state dicts, {found}; choose one: --key {prefix}{nested[0]}")
+        keys = _name_list(prefix + name for name in nested)
+        raise CheckpointError(f"{place} holds {len(nested)} state dicts, {keys}; choose one: --key {prefix}{nested[0]}")
     if not isinstance(source, dict):
-        raise CheckpointError(f"{here} holds a {type(source).__name__} and no state dict; {_SAVE}")
-    raise CheckpointError(f"{here} holds no tensors by name; its keys are {_listed(entries)}; {_SAVE}, or choose --key")
+        raise CheckpointError(f"{place} holds a {type(source).__name__} instead of a state dict; {_SAVE}")
+    keys = _name_list(entries)
+    raise CheckpointError(f"{place} holds no tensors by name; its keys are {keys}; {_SAVE}, or choose --key")
 
 
-def _follow(path: str | Path, content: object, key: str) -> object:
-    """What lies under the dotted `key`, whose steps may have dots of their own."""
-    value, steps = content, key.split(".")
-    while steps:
+def _follow_key(path: str | Path, content: object, key: str) -> object:
+    """The value under the dotted `key`. The names of entries may have dots too."""
+    value, parts = content, key.split(".")
+    while parts:
         entries = _entries(value)
-        taken = next((n for n in range(len(steps), 0, -1) if ".".join(steps[:n]) in entries), 0)
-        if not taken:
-            raise CheckpointError(f"{path} has no {steps[0]} for --key {key}; there it holds {_listed(entries)}")
-        value, steps = entries[".".join(steps[:taken])], steps[taken:]
+        length = next((n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in entries), 0)
+        if not length:
+            raise CheckpointError(
+                f"{path} has no {parts[0]} for --key {key}; at this place it holds {_name_list(entries)}"
+            )
+        value, parts = entries[".".join(parts[:length])], parts[length:]
     return value
 
 
 def _entries(value: object) -> dict[object, object]:
-    # dict.items, since a pickle may set attributes on an OrderedDict, "items" among them.
+    # dict.items of the class, since a pickle may set attributes on an OrderedDict, "items" among them.
     return dict(dict.items(value)) if isinstance(value, dict) else {}
 
 
@@ -198,14 +204,15 @@ def _has_tensors(entries: dict[object, object]) -> bool:
     return any(isinstance(value, Tensor) for value in entries.values())
 
 
-def _listed(names: Iterable[object]) -> str:
+def _name_list(names: Iterable[object]) -> str:
+    """The first eight names, and the number of the others."""
     texts = [printable(name, 40) if isinstance(name, str) else f"a {type(name).__name__}" for name in names]
     more = f" and {len(texts) - 8} more" if len(texts) > 8 else ""
     return ", ".join(texts[:8]) + more or "nothing"
 
 
 def _validate(path: str | Path, tensors: dict[str, Tensor], size: int) -> None:
-    """Refuses what cannot be counted, and what claims to be more than the file holds."""
+    """Refuses tensors whose zeros cannot be counted, and tensors that claim more data than the file holds."""
     storages: dict[int, int] = {}
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided:
@@ -218,22 +225,22 @@ def _validate(path: str | Path, tensors: dict[str, Tensor], size: int) -> None:
         raise CheckpointError(f"{path} claims {sum(storages.values()):,} bytes of data and has {size:,}; save it again")
 
 
-def _clean(names: list[str]) -> list[str]:
-    """Names without wrappers: DataParallel and the like put the same `module.` before every one."""
+def _without_wrappers(names: list[str]) -> list[str]:
+    """Names without the prefixes of wrappers: DataParallel and others put the same `module.` before each name."""
     plain = [unwrapped(name) for name in names]
-    wrapped = [name for name in plain if name != "n_averaged"]  # an AveragedModel's own
-    depth = min((len(name) - len(re.sub(r"^(module\.)+", "", name)) for name in wrapped), default=0)
+    prefixed = [name for name in plain if name != "n_averaged"]  # an entry of AveragedModel itself
+    depth = min((len(name) - len(re.sub(r"^(module\.)+", "", name)) for name in prefixed), default=0)
     plain = [name if name == "n_averaged" else name[depth:] for name in plain]
     return plain if len(set(plain)) == len(plain) else names
 
 
-def _once(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
-    """Each tensor by its first name, and its other names by that one."""
+def _without_ties(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
+    """Each tensor by its first name, and its other names by the first one."""
     first: dict[object, str] = {}
     ties: dict[str, tuple[str, ...]] = {}
     for name, tensor in tensors.items():
-        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else name
-        origin = first.setdefault(place, name)
+        memory = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else name
+        origin = first.setdefault(memory, name)
         if origin != name:
             ties[origin] = (*ties.get(origin, ()), name)
     return {name: tensors[name] for name in first.values()}, ties
