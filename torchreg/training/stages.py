@@ -370,7 +370,7 @@ class Stages:
     def __iter__(self) -> Iterator[Stage]:
         """The stages to come, each once the one before is done."""
         if not self._start:
-            self._begin()
+            self._begin(self.done)
         elif self.done < len(self.recipe):
             self._put_back(self._start)
         while self.done < len(self.recipe):
@@ -378,8 +378,7 @@ class Stages:
             if stage.rewind is not None:
                 self._rewind(self._kept[stage.rewind])
             yield stage
-            self.done += 1
-            self._begin()
+            self._begin(self.done + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the present stage began: numbers and tensors, for `torch.load(weights_only=True)`.
@@ -429,11 +428,11 @@ class Stages:
             "rng": rng_states(regularizer.model),
         }
 
-    def _begin(self) -> None:
-        """Keeps where the next stage begins, and what later stages rewind to."""
-        self._start = self._point()
-        after = {**self._kept, self.done: self._start["model"]}
-        self._kept = {number: after[number] for number in self._needed(self.done)}
+    def _begin(self, done: int) -> None:
+        """Keeps where the stage after `done` stages begins, and what later stages rewind to; on an error all stays."""
+        start = self._point()
+        after = {**self._kept, done: start["model"]}
+        self.done, self._start, self._kept = done, start, {number: after[number] for number in self._needed(done)}
 
     def _needed(self, done: int) -> list[int]:
         """After which of the stages that are done the weights are needed yet."""
