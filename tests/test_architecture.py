@@ -44,7 +44,10 @@ INSIDE = {
     "binding": ["selection", "connectivity", "bindings", "evaluation", "regularizer", "loss"],
     "inspection": ["zero_counts", "certificates"],
     "optim": ["step_sizes", "attachment", "proximal", "fista"],
-    "training": ["schedules", "refit", "target_sparsity", "paths", "cross_validation", "stages", "recipes"],
+    "training": [
+        *("session", "schedules", "refit", "target_sparsity", "path_points", "paths", "cross_validation"),
+        *("stage", "stages", "recipes"),
+    ],
     "views": ["tags", "reading", "measurement", "weight_maps", "plots", "report", "tensorboard"],
 }
 # Optional packages, by the only part of the house that may import them (by none of it, where there is no name).

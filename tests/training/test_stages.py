@@ -550,3 +550,39 @@ def test_a_refit_without_zeros_is_told():
     with pytest.warns(UserWarning, match=r"keeps no zeros, as no weight of .* is zero; a penalty in the loss") as told:
         enter(Refit(3), reg, SGD(reg.model.parameters(), lr=0.1))
     assert told[0].filename == __file__
+
+
+class Fragile(nn.Linear):
+    """A model whose weights cannot be copied once, between two stages."""
+
+    fails = False
+
+    def get_extra_state(self):
+        if self.fails:
+            self.fails = False
+            raise MemoryError("no memory for a copy of the weights")
+        return 0
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_after_an_error_between_two_stages_the_stage_that_ended_is_trained_anew():
+    def through_all(breaks):
+        torch.manual_seed(0)
+        model = Fragile(6, 3)
+        reg, begun = tr.Regularizer(model, tr.L1(0.1)), []
+        stages, fit = Recipe(Pretrain(5), Regularize(5)).stages(reg), make_fit()
+        for attempt in range(2 if breaks else 1):
+            try:
+                for stage in stages:
+                    begun.append((type(stage), model.weight.abs().sum().item()))
+                    fit(model, reg, stage)
+                    model.fails = breaks and attempt == 0
+            except MemoryError:
+                assert stages.done == 0
+        return begun, snapshot(model)
+
+    (straight, expected), (again, weights) = through_all(False), through_all(True)
+    assert again == [straight[0], *straight]
+    assert same(weights, expected)

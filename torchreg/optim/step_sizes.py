@@ -1,4 +1,4 @@
-"""Each optimizer's step for the prox: its unit response.
+"""Each optimizer's step for the prox: its unit response. One file, so that all formulas stand side by side.
 
 By how much would this step have moved a weight whose gradient had been the constant 1, in the direction and scale
 that the optimizer's state gives it? A prox with that step has the penalty's own stationary points: at a weight that

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from torchreg._tables import render_table
 from torchreg.binding.regularizer import Regularizer
-from torchreg.training.paths import PathPoint, RegularizationPath, Score, checked_grid, path
+from torchreg.training.path_points import PathPoint, RegularizationPath, Score
+from torchreg.training.paths import checked_grid, path
 from torchreg.training.session import Fit, check_regularizer, put_back
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torchreg._checks import greater_than, whole_number
 from torchreg.training.schedules import Chain, Geometric, Steps
-from torchreg.training.stages import Pretrain, Recipe, Refit, Regularize
+from torchreg.training.stage import Pretrain, Refit, Regularize
+from torchreg.training.stages import Recipe
 
 
 def l1_then_l0(epoch: int, top: float = 4000.0) -> tuple[Recipe, Steps]:

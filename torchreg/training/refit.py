@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from torchreg.binding.regularizer import Regularizer
 from torchreg.binding.selection import named_parameters
+from torchreg.optim.step_hooks import unwrapped_optimizer
 
 
 class FrozenZeros:
@@ -82,10 +83,7 @@ def freeze_zeros(regularizer: Regularizer, optimizer: Optimizer) -> FrozenZeros:
             f"expected a Regularizer, which selects what is frozen, got {type(regularizer).__name__}; "
             "build one: Regularizer(model, L1(1e-4))"
         )
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}; pass the optimizer of the refit"
-        )
+    optimizer = unwrapped_optimizer(optimizer)
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     bindings = regularizer.bindings()
     if missing := [binding.name for binding in bindings if id(binding.parameter()) not in own]:

@@ -72,6 +72,7 @@ def rng_states(model: nn.Module) -> dict[str, Tensor]:
 
 
 def set_rng(states: Mapping[str, Tensor]) -> None:
+    states = {device: state.cpu() for device, state in states.items()}  # `map_location` may have moved them
     for device, state in states.items():
         if device == "cpu":
             torch.set_rng_state(state)

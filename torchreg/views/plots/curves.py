@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchreg._checks import nonnegative
-from torchreg.training.paths import RegularizationPath
+from torchreg.training.path_points import RegularizationPath
 from torchreg.views.plots import style
 from torchreg.views.plots.arguments import finite_numbers, nonempty_mapping
 
