@@ -1,8 +1,7 @@
 # Two commands: `make demo` runs the main job, `make test` everything that must hold. Both set up .venv first.
+# `make test` installs nothing outside the checkout: what a test lacks, it names and skips.
 PYTHON ?= python3
 PY := .venv/bin/python
-BROWSER := chromium fonts-dejavu-core
-AS_ROOT := $(shell test `id -u` = 0 || echo sudo -n)
 
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 SHORT := tests/test_public_api.py tests/test_architecture.py tests/binding/test_copies.py tests/kernels/test_backend.py \
@@ -14,9 +13,9 @@ demo: .venv/.examples
 	$(PY) examples/mnist_mlp.py
 
 # A file's tests run in one process, so that what they share is made once: a training, a server. Two processes with
-# two threads each would wait for one another.
-test: lint .venv/.browser
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
+# two threads each would wait for one another. -rs lists what was skipped, and why.
+test: lint
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -rs
 
 # Other processors and compilers are tried where Debian's qemu-user, clang and gcc-aarch64-linux-gnu are installed.
 test-slow: .venv/.test
@@ -55,12 +54,6 @@ lint: .venv/.test
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
-
-# What the browser test drives. Where it can neither be found nor installed that test skips, and all else goes on.
-.venv/.browser: .venv/.test
-	@dpkg -s $(BROWSER) > /dev/null 2>&1 \
-		|| { $(AS_ROOT) apt-get update -q; $(AS_ROOT) apt-get install -qy --no-install-recommends $(BROWSER); } \
-		|| { echo "not installed: $(BROWSER). Without Chromium the browser test skips"; exit 0; } && touch $@
 
 # An environment a set of extras, with the native kernels built; the marker is younger than all of these once they are.
 .venv/.%: pyproject.toml setup.py $(wildcard torchreg/kernels/*.[ch])

@@ -289,6 +289,78 @@ def test_a_private_name_that_is_read_is_seen(text, name):
 def test_what_is_private_to_the_file_itself_or_to_torch_may_be_read(text):
     assert not private_reads("torchreg.penalties.l1", {**sources(), "torchreg.penalties.l1": text})
 
+# ---------------------------------------------------------------------- that the map is true
+
+MAP = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+TABLE = MAP.partition("|---|---|---|\n")[2].partition("\n\n")[0]
+# The rooms of the table, from the top: the name, and what it may import.
+ROOMS = {
+    re.sub(r"[` /]|\.py", "", name): allowed
+    for _, name, _, allowed, _ in (row.split("|") for row in TABLE.splitlines())
+}
+
+
+def room(part: str) -> str:
+    return "helpers" if re.match(r"_[a-z]", part) else part
+
+
+def test_the_map_has_every_room_with_those_that_it_imports_from_below_it():
+    assert list(ROOMS) == list(dict.fromkeys(room(part) for part in reversed(ORDER)))
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_the_map_names_what_a_room_imports_and_nothing_above_it(name):
+    modules = sources()
+    allowed = set(re.findall(r"\w+", ROOMS[name])) | {name}
+    assert allowed <= {*list(ROOMS)[list(ROOMS).index(name) :]}
+    for module in modules:
+        part = module.split(".")[1:2]
+        if part and room(part[0]) == name:
+            found = {other.split(".")[1] for other in imports(module, modules) if other.startswith("torchreg.")}
+            assert {room(other) for other in found} <= allowed, f"docs/architecture.md does not say so of {module}"
+
+
+def test_the_figure_has_the_rooms_of_the_map():
+    tree = ast.parse((REPOSITORY / "docs" / "images" / "architecture.py").read_text(encoding="utf-8"))
+    [drawn] = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ROOMS"
+    ]
+    assert [re.sub(r"private |/$|\.py$", "", name) for name, _ in drawn] == list(ROOMS)
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_every_file_that_the_map_names_exists(page):
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    named = re.findall(r"(?:benchmarks|tests|torchreg)/[\w/.]*\w", text)
+    assert named
+    assert not [name for name in named if not (REPOSITORY / name).exists()]
+
+
+# ---------------------------------------------------------------------- who says what
+
+
+def calls(text: str) -> list[ast.Call]:
+    return [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+
+
+@pytest.mark.parametrize("module", sources())
+def test_a_warning_points_at_a_line_and_there_is_one_logger(module):
+    for call in calls(sources()[module]):
+        name = ast.unparse(call.func)
+        if name == "warnings.warn":
+            assert "stacklevel" in {keyword.arg for keyword in call.keywords}, ast.unparse(call)
+        if name.endswith("getLogger"):
+            assert [ast.unparse(argument) for argument in call.args] == ["'torchreg'"]
+
+
+def test_only_the_command_line_prints():
+    printing = {
+        module for module, text in sources().items() if any(ast.unparse(call.func) == "print" for call in calls(text))
+    }
+    assert printing == {"torchreg.__main__", "torchreg.views.tensorboard.server"}
+
 
 # ---------------------------------------------------------------------- what is loaded
 

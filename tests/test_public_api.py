@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,13 @@ def test_the_list_has_every_kind_of_name(line, monkeypatch):
     Odd.__module__ = "torchreg.odd"
     monkeypatch.setitem(public_api.NAMES, "torchreg.Odd", Odd)
     assert line in public_api.listing().splitlines()
+
+
+def test_the_page_on_versions_names_every_public_module():
+    page = (Path(__file__).parents[1] / "docs" / "versions.md").read_text(encoding="utf-8")
+    rule = page.partition("## What is public")[2].partition("\n- ")[2].partition("\n- ")[0]
+    named = {f"torchreg.{name}" for name in re.findall(r"`tr\.(\w+)`", rule)}
+    assert named == {*public_api.MODULES} - {"torchreg"}
 
 
 def test_a_change_of_a_default_is_seen(monkeypatch):

@@ -52,6 +52,19 @@ def test_the_torch_at_hand_is_one_that_is_supported():
     assert (int(oldest[1]), int(oldest[2])) <= TORCH
 
 
+def test_the_version_is_written_once_as_a_literal_that_setuptools_reads_without_an_import():
+    sources = [ROOT / "pyproject.toml", ROOT / "setup.py", *(ROOT / "torchreg").rglob("*.py")]
+    assert [path.name for path in sources if tr.__version__ in path.read_text(encoding="utf-8")] == ["__init__.py"]
+    assert f'\n__version__ = "{tr.__version__}"\n' in (ROOT / "torchreg" / "__init__.py").read_text(encoding="utf-8")
+    assert 'dynamic = ["version"]' in PROJECT
+    assert 'version = { attr = "torchreg.__version__" }' in PROJECT
+
+
+def test_the_changelog_begins_with_this_version():
+    headings = re.findall(r"^## (\S+?),? ", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert headings[0] == tr.__version__
+
+
 def test_every_listed_python_is_one_that_make_tests():
     listed = re.findall(r"Python :: (3\.\d+)", PROJECT)
     tested = re.search(r"^PYTHONS \?= (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)

@@ -1,7 +1,7 @@
 """The dashboard of the main job in headless Chromium: every tab of TensorBoard shows what the runs have led to.
 
 A picture of every tab is kept in tests/output/, or in the folder named by TORCHREG_SCREENSHOTS. Needs playwright
-(of the extra `test`) and Debian's chromium; `make test` installs both.
+(of the extra `test`) and Debian's package chromium, without which the tests skip; `.ci/run` installs it.
 """
 
 import io
@@ -25,7 +25,7 @@ api = pytest.importorskip("playwright.sync_api", reason="no playwright; install 
 expect = api.expect
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium; install it: apt-get install chromium fonts-dejavu-core"
+    CHROMIUM is None, reason="no Chromium; install Debian's package: apt-get install chromium fonts-dejavu-core"
 )
 
 OUTPUT = Path(os.environ.get("TORCHREG_SCREENSHOTS", ROOT / "tests" / "output"))
