@@ -7,7 +7,7 @@ optimizer = tr.optim.ProxAdam(model.parameters(), lr=1e-3, regularizer=reg)     
 """
 
 from torchreg import optim, testing
-from torchreg.binding import LastLoss, ParameterRef, RegularizedLoss, Regularizer, Term, select
+from torchreg.binding import Binding, LastLoss, ParameterRef, RegularizedLoss, Regularizer, Term, select
 from torchreg.inspection import LayerSparsity, Sparsity, Stationarity, duality_gap, lambda_max, sparsity, stationarity
 from torchreg.kernels import Backend, Backends, backends
 from torchreg.penalties import (
@@ -65,6 +65,7 @@ __all__ = [
     "SCAD",
     "Backend",
     "Backends",
+    "Binding",
     "CappedL1",
     "Columns",
     "Concave",

@@ -184,7 +184,7 @@ def test_last_holds_no_graph():
     model, criterion = build()
     x, y = batch()
     criterion(model(x), y)
-    assert not criterion.last._data.requires_grad
+    assert not criterion.last.on_device.requires_grad
     assert not any(value.requires_grad for value in criterion.last._by_term.values())
 
 

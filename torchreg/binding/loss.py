@@ -15,18 +15,21 @@ from torchreg.binding.regularizer import Regularizer
 class LastLoss:
     """The parts of the last loss, read as numbers. Reading one waits for the device; keeping it costs nothing.
 
+    Attributes:
+        on_device: the wrapped loss alone, still on its device; reading it waits for nothing.
+
     >>> LastLoss(torch.tensor(2.0), {"l1": torch.tensor(0.25), "l2": torch.tensor(0.5)}).penalty
     0.75
     """
 
     def __init__(self, data: Tensor, by_term: Mapping[str, Tensor]) -> None:
-        self._data = data
+        self.on_device = data
         self._by_term = by_term
 
     @property
     def data(self) -> float:
         """The wrapped loss alone."""
-        return float(self._data)
+        return float(self.on_device)
 
     @property
     def penalty(self) -> float:
@@ -36,7 +39,7 @@ class LastLoss:
     @property
     def total(self) -> Tensor:
         """Their sum, still on its device."""
-        total = self._data
+        total = self.on_device
         for value in self._by_term.values():
             total = total + value.to(total.device)
         return total

@@ -73,15 +73,15 @@ class Regularizer:
                 f"scale={scale!r} cannot be called; pass scale=lambda name, w: factor, or change the strength"
             )
         self._enabled = True
-        self._resolution = Resolution(model, penalty, include, exclude, scale, toward)
-        warn_about([binding.selected for binding in self._resolution.bindings])
+        self.resolution = Resolution(model, penalty, include, exclude, scale, toward)
+        warn_about([binding.selected for binding in self.resolution.bindings])
 
     # ------------------------------------------------------------------ reading
 
     @property
     def model(self) -> nn.Module:
         """The model whose parameters are penalized."""
-        return self._resolution.model
+        return self.resolution.model
 
     def bindings(self) -> list[Binding]:
         """Each selected parameter with its term, its penalty now, and its carrier.
@@ -96,20 +96,12 @@ class Regularizer:
         [('weight', 0.0001, None)]
         """
         bindings = self._refreshed()
-        self._resolution.check_materialized()
+        self.resolution.check_materialized()
         return bindings
-
-    def is_bound_to(self, pairs: Sequence[tuple[Tensor, Binding]]) -> bool:
-        """The bindings are still of these parameters: a quick check for each training step."""
-        return self._resolution.is_unchanged() and all(binding.is_bound_to(w) for w, binding in pairs)
 
     def carriers(self) -> list[Carrier]:
         """The attachments that carry parameters, each once; a changed model is not noticed here."""
-        return list({id(b.carrier): b.carrier for b in self._resolution.bindings if b.carrier is not None}.values())
-
-    def resolved_bindings(self) -> list[Binding]:
-        """`bindings()` for a carrier: parameters may be lazy, and no optimizer is asked whether it has changed."""
-        return self._resolution.current()
+        return list({id(b.carrier): b.carrier for b in self.resolution.bindings if b.carrier is not None}.values())
 
     def __call__(self, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Σ of all terms: a 0-d tensor, float32 or wider, with a gradient for the parameters on the loss route.
@@ -227,7 +219,7 @@ class Regularizer:
         no positive bias feeds any more, which under a ReLU never come back; and it counts what is NaN or infinite. See
         `docs/where-it-ends.md`.
         """
-        return explained(self.model, self._refreshed(), self._resolution.why_not, self._enabled)
+        return explained(self.model, self._refreshed(), self.resolution.why_not, self._enabled)
 
     def detach(self) -> None:
         """Takes the prox off every optimizer that carries it: the penalty acts through the loss again.
@@ -247,7 +239,7 @@ class Regularizer:
     # ------------------------------------------------------------------ strengths
 
     def __setattr__(self, name: str, value: Any) -> None:
-        terms = self.terms if "_resolution" in self.__dict__ else {}
+        terms = self.terms if "resolution" in self.__dict__ else {}
         if name == "factor" or any(name in term.base.strengths for term in terms.values()):
             raise AttributeError(
                 f"{name} belongs to a term: reg[{next(iter(terms))!r}].{name} = ...; the terms are {list(terms)}"
@@ -269,7 +261,7 @@ class Regularizer:
     @property
     def terms(self) -> dict[str, Term]:
         """The terms by key, in the order of the rules."""
-        return dict(self._resolution.terms)
+        return dict(self.resolution.terms)
 
     def state_dict(self) -> dict[str, dict[str, float]]:
         """The strengths and the factor of each term: plain numbers, for `torch.load(weights_only=True)`."""
@@ -340,7 +332,7 @@ class Regularizer:
 
     def _refreshed(self) -> list[Binding]:
         """The bindings, with the carriers of now."""
-        bindings = self._resolution.current()
+        bindings = self.resolution.current()
         if not torch.compiler.is_compiling():
             for carrier in self.carriers():
                 carrier.refresh()

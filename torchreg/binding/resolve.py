@@ -87,9 +87,14 @@ class Resolution:
         self._check_ties()
         return self.bindings
 
-    def is_unchanged(self) -> bool:
-        """No module was replaced, and none is lazy: a quick check for each training step."""
-        return self._plan is None and self._edges is not None and not any(map(_has_changed, self._edges))
+    def is_of(self, pairs: Sequence[tuple[Tensor, Binding]]) -> bool:
+        """No module was replaced, and the bindings are still of these parameters: a quick check for a training step."""
+        return (
+            self._plan is None
+            and self._edges is not None
+            and not any(map(_has_changed, self._edges))
+            and all(binding.is_bound_to(w) for w, binding in pairs)
+        )
 
     def check_materialized(self) -> None:
         """Raises where a lazy module has not got its shape yet."""

@@ -79,7 +79,7 @@ class Attachment:
         """Looks whether the model or the optimizer has changed, and takes over parameters that it was given since."""
         held = [w for group in self.optimizer.param_groups for w in group["params"]]
         if not (
-            self.regularizer.is_bound_to(self._carried)
+            self.regularizer.resolution.is_of(self._carried)
             and len(held) == len(self._held)
             and all(map(operator.is_, held, self._held))
         ):
@@ -89,7 +89,7 @@ class Attachment:
     def _find(self) -> None:
         """Finds the selected parameters that the optimizer holds; on an error nothing has changed."""
         held = [w for group in self.optimizer.param_groups for w in group["params"]]
-        bindings, ids = self.regularizer.resolved_bindings(), set(map(id, held))
+        bindings, ids = self.regularizer.resolution.current(), set(map(id, held))
         every = [(binding.parameter(), binding) for binding in bindings]
         carried = [(w, binding) for w, binding in every if id(w) in ids]
         self._check(carried, [binding for w, binding in every if id(w) not in ids])

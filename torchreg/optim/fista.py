@@ -113,7 +113,7 @@ class FISTA(Proximal):
 
     def _check(self, regularizer: Regularizer) -> None:
         held = {id(w) for group in self.param_groups for w in group["params"]}
-        bindings = regularizer.resolved_bindings() if isinstance(regularizer, Regularizer) else []
+        bindings = regularizer.resolution.current() if isinstance(regularizer, Regularizer) else []
         for binding in bindings:
             w = binding.parameter()
             if id(w) not in held:

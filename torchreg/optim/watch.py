@@ -44,18 +44,18 @@ class Watch:
 
     def __init__(self, carrier: Any, parameters: Iterable[Tensor]) -> None:
         self._carrier = weakref.ref(carrier)  # a hook of a parameter is kept in C++, where a cycle would never end
-        self._parameters = [w for w in parameters if w.requires_grad and w.is_leaf and not is_lazy(w)]
-        self._records = [Record(w._version, 0) for w in self._parameters]
+        self._watched = [w for w in parameters if w.requires_grad and w.is_leaf and not is_lazy(w)]
+        self._records = [Record(w._version, 0) for w in self._watched]
         self._steps = 0
         self._hooks = [
             w.register_post_accumulate_grad_hook(functools.partial(_in_backward, weakref.ref(self), record))
-            for w, record in zip(self._parameters, self._records, strict=True)
+            for w, record in zip(self._watched, self._records, strict=True)
         ]
         self._warned = False
 
     def look(self) -> None:
         """Looks at every parameter now."""
-        for w, record in zip(self._parameters, self._records, strict=True):
+        for w, record in zip(self._watched, self._records, strict=True):
             self.look_at(w, record)
 
     def look_at(self, w: Tensor, record: Record) -> None:

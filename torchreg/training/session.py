@@ -56,11 +56,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def fitting(regularizer: Regularizer) -> Iterator[None]:
     """After the block the optimizers that a fit has made for itself carry nothing: the next one brings its own."""
-    before = [binding.carrier for binding in regularizer.resolved_bindings()]
+    before = [binding.carrier for binding in regularizer.resolution.current()]
     try:
         yield
     finally:
-        for binding, carrier in zip(regularizer.resolved_bindings(), before, strict=True):
+        for binding, carrier in zip(regularizer.resolution.current(), before, strict=True):
             if binding.carrier is not None and binding.carrier is not carrier:
                 binding.carrier.remove()
 

@@ -218,7 +218,7 @@ class TensorBoardMonitor:
                 groups = [group for optimizer in self._optimizers() for group in optimizer.param_groups]
                 value = [group["lr"] for group in groups if "lr" in group]
             if isinstance(value, LastLoss):
-                yield "overview/loss_data", value._data
+                yield "overview/loss_data", value.on_device
                 yield "overview/objective", value.total
             elif isinstance(value, Stationarity):
                 try:
