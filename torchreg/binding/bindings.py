@@ -125,7 +125,7 @@ class Binding:
     carrier: Carrier | None = None
     note: str = ""
     ready: bool = False
-    _cached: tuple[int, Penalty] | None = None
+    _cached: tuple[int, Penalty] | None = dataclasses.field(default=None, init=False)
 
     def __getstate__(self) -> dict[str, Any]:
         # A swap-in brings its attachment along where it is copied too; hooks of a stock optimizer are not copied.

@@ -39,9 +39,9 @@ class StepSize(ABC):
             for a part of a parameter.
         diagonal: the step is a tensor, with a number for each weight.
 
-    >>> class Lion(StepSize):  # the sign of a momentum moves each weight by lr; its gradient's size plays no part
+    >>> class Halved(StepSize):  # of an optimizer that moves each weight by half its learning rate times the gradient
     ...     def __call__(self, group, state, parameter):
-    ...         return group["lr"]
+    ...         return group["lr"] / 2
     """
 
     elementwise: ClassVar[bool] = False
