@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -90,7 +91,7 @@ class Penalty(ABC):
         """
         layout, penalty = self._at(w)
         step = checked_step(step, w.shape)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not layout.divided):
+        with torch.no_grad() if layout.divided else nullcontext():
             part = layout.part(w)
             new = penalty.prox_map(widened(part), layout.step_of_part(step, part))
             return layout.whole(new.to(w.dtype))
@@ -99,7 +100,7 @@ class Penalty(ABC):
         """`prox` in place, for a training step: a tensor `step` is not validated, so that nothing synchronizes."""
         layout, penalty = self._at(w)
         step = widened(step) if isinstance(step, Tensor) else checked_step(step, w.shape)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not layout.divided):
+        with torch.no_grad() if layout.divided else nullcontext():
             part = layout.part(w)
             wide = widened(part)
             if torch.is_grad_enabled():
