@@ -420,10 +420,10 @@ def test_a_module_without_parameters_is_refused():
 
 def test_a_module_or_parameter_of_another_model_is_refused():
     other = Net()
-    with pytest.raises(ValueError, match=r"^the Linear is no module of Net; pass one that is, or a glob$"):
+    with pytest.raises(ValueError, match=r"^the Linear is not a module of Net; pass one that is, or a glob$"):
         select(Net(), other.fc1)
     with pytest.raises(
-        ValueError, match=r"^the parameter of shape \(6, 4\) is no parameter of Net; pass one that is, or"
+        ValueError, match=r"^the parameter of shape \(6, 4\) is not a parameter of Net; pass one that is, or"
     ):
         select(Net(), other.fc1.weight)
 
@@ -443,7 +443,7 @@ def test_a_selector_of_no_known_kind_is_refused(selector):
 
 
 def test_a_broken_regular_expression_is_refused():
-    with pytest.raises(ValueError, match=r'^"re:\[" is no regular expression: unterminated character set'):
+    with pytest.raises(ValueError, match=r'^"re:\[" is not a regular expression: unterminated character set'):
         select(Net(), "re:[")
 
 

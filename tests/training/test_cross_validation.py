@@ -160,8 +160,8 @@ def test_the_table_marks_both_choices():
     [
         ([], ValueError, "0 folds give no standard error"),
         ([(print, print)], ValueError, r"1 folds give .* path\(reg, fit, lambdas=lambdas, score=score\).best"),
-        ([(print, 1)], TypeError, "is no pair of functions"),
-        ([print], TypeError, "is no pair of functions"),
+        ([(print, 1)], TypeError, "is not a pair of functions"),
+        ([print], TypeError, "is not a pair of functions"),
     ],
 )
 def test_it_refuses_what_gives_no_choice(folds, kind, message):

@@ -574,7 +574,7 @@ REFUSALS = {
     "a state of another kind": (
         lambda reg, fit: tr.RegularizationPath().load_state_dict(reg.state_dict()),
         ValueError,
-        "this is no state of a path",
+        "this is not a state of a path",
     ),
 }
 

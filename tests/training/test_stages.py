@@ -479,7 +479,7 @@ def test_a_stage_of_ones_own_takes_part():
         (lambda: Recipe(Refit(3)), ValueError, "stage 1, Refit.* has no zeros to keep, as nothing comes before it"),
         (lambda: Recipe(Pretrain(1), Refit(3)), ValueError, r"as Pretrain\(steps=1\) comes before it"),
         (lambda: Recipe(Regularize(1), Pretrain(1), Refit(3)), ValueError, "stage 3, Refit.* has no zeros to keep"),
-        (lambda: Recipe(Pretrain(1), "refit"), TypeError, "stage 2 is 'refit', which is no stage"),
+        (lambda: Recipe(Pretrain(1), "refit"), TypeError, "stage 2 is 'refit', which is not a stage"),
         (lambda: Recipe(Pretrain(1), Recipe(Pretrain(1))), TypeError, r"\*recipe"),
         (lambda: Recipe(Pretrain(1, rewind=0)), ValueError, "rewinds to no earlier point"),
         (lambda: Recipe(Regularize(1), Refit(1, rewind=1)), ValueError, "it starts after stage 1"),

@@ -342,7 +342,7 @@ def make(penalty: Any = None, target: Any = 0.9, *, prox: bool = True, **setting
         (lambda: make(finish=0), ValueError, "finish=0 must lie between 0 and 1"),
         (lambda: make(every=0), ValueError, "every=0 must be at least 1"),
         (lambda: make(term="fc"), ValueError, r"no term 'fc' to move; the terms are \['l1'\]"),
-        (lambda: make(groups="rows"), TypeError, r"groups='rows' is no geometry; write groups=Rows\(\)"),
+        (lambda: make(groups="rows"), TypeError, r"groups='rows' is not a geometry; write groups=Rows\(\)"),
         (lambda: tr.TargetSparsity(Digits(), 0.9, total_steps=100), TypeError, "expected a Regularizer"),
     ],
 )

@@ -85,7 +85,7 @@ class Term:
 
 
 class Carrier(Protocol):
-    """What applies the prox of a parameter, in place of the loss: an optimizer's `torchreg.optim.Attachment`."""
+    """Applies the prox of a parameter, in place of the loss: an optimizer's `torchreg.optim.Attachment`."""
 
     @property
     def is_hooked(self) -> bool:

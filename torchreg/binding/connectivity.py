@@ -25,7 +25,7 @@ def weights(entry: ParameterRef) -> Tensor:
 
 
 def nonzero(entry: ParameterRef) -> Tensor:
-    """Which weights are not 0."""
+    """A mask of the weights that are not 0."""
     return weights(entry) != 0
 
 
@@ -50,7 +50,7 @@ def by_input(w: Tensor, owner: nn.Module | None) -> Tensor:
 
 
 def connections(alive: Tensor, owner: nn.Module | None = None) -> Tensor:
-    """Which neuron reads which input of `owner`, by any of the weights that are `alive`: (groups, neurons, inputs).
+    """A mask of (groups, neurons, inputs): the neuron reads the input of `owner` by a weight that is `alive`.
 
     Without its owner, a weight counts as that of a linear layer or a plain convolution: (neurons, inputs, ...).
     """
@@ -59,7 +59,7 @@ def connections(alive: Tensor, owner: nn.Module | None = None) -> Tensor:
 
 
 def alive_units(alive: Tensor, owner: nn.Module | None = None) -> tuple[Tensor, Tensor]:
-    """Which inputs and which neurons have a weight that is `alive`; a vector has neurons alone."""
+    """Masks of the inputs and of the neurons that have a weight that is `alive`; a vector has neurons only."""
     reads = connections(alive, owner)
     neurons = reads.any(2)
     return reads.any(1) if alive.dim() > 1 else neurons[:, :0], neurons

@@ -53,7 +53,7 @@ def _values(items: Iterable[Item]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _divided(items: Iterable[Item]) -> tuple[list[Item], dict[ReduceGroup, list[Item]]]:
-    """What this process has all of; and its parts of sharded weights, by the processes that have the others."""
+    """Items that this process has whole; and its parts of sharded ones, by the processes that have the other parts."""
     whole: list[Item] = []
     parts: dict[ReduceGroup, list[Item]] = {}
     for key, w, penalty in items:
@@ -83,7 +83,7 @@ def add_gradients_(items: Iterable[Item]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _batched(items: Iterable[Item], into_grad: bool = False) -> tuple[list[tuple[str, Batch]], list[Item]]:
-    """What a kernel takes, and the rest."""
+    """Batches of items that a kernel takes, and the other items."""
     batches: dict[tuple[str, torch.dtype, torch.device, bool], Batch] = {}
     rest = []
     available = l1l2.available()

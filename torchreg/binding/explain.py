@@ -56,7 +56,7 @@ def explained(model: nn.Module, bindings: list[Binding], why_not: Mapping[str, s
 
 
 def _caveats(binding: Binding, norms: Mapping[int, str], by_prox: bool) -> Iterator[str]:
-    """Where the penalty of a layer's weight does not do what it says."""
+    """Notes on a penalty that does not do what it says."""
     penalty = binding.term.base
     if by_prox and not penalty.convex and not penalty.linearizes:
         yield "not convex: where weights rest depends on the step, with tr.Reweighted it does not"

@@ -65,7 +65,7 @@ class RegularizedLoss(nn.Module):
     Attributes:
         last: the parts of the last call: `last.data`, `last.penalty`, `last.by_term`.
     Raises:
-        TypeError: `loss` cannot be called, or is a class; the result is no tensor.
+        TypeError: `loss` cannot be called, or is a class; the result is not a tensor.
         ValueError: the result is not a scalar (use `reduction="mean"`).
 
     >>> model = nn.Linear(2, 1, bias=False)
@@ -84,7 +84,9 @@ class RegularizedLoss(nn.Module):
     def __init__(self, loss: Callable[..., Tensor], regularizer: Regularizer) -> None:
         super().__init__()
         if isinstance(loss, type) or not callable(loss):
-            raise TypeError(f"loss={loss!r} is no loss to call; pass an instance or a function: nn.CrossEntropyLoss()")
+            raise TypeError(
+                f"loss={loss!r} cannot be called as a loss; pass an instance or a function: nn.CrossEntropyLoss()"
+            )
         if not isinstance(regularizer, Regularizer):
             raise TypeError(
                 f"regularizer is a {type(regularizer).__name__}; build one first: Regularizer(model, L1(1e-4))"

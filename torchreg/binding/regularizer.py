@@ -271,7 +271,7 @@ class Regularizer:
         """Sets the strengths of every term; on an error nothing has changed.
 
         Raises:
-            TypeError: it is no state of a regularizer.
+            TypeError: it is not a state of a regularizer.
             ValueError: the state is of other terms, or a number in it is not finite and ≥ 0.
         """
         own = self.state_dict()
@@ -317,7 +317,7 @@ class Regularizer:
     def _items(
         self, bindings: list[Binding], by_term: bool, given: Sequence[Tensor] | None = None
     ) -> Iterator[evaluation.Item]:
-        """What counts now: the key of the term, or one for all, the parameter or what is given, and its penalty."""
+        """The items to sum: the term's key, or one for all; the parameter, or the tensor given for it; its penalty."""
         if not self._enabled:
             return
         compiling = torch.compiler.is_compiling()

@@ -210,13 +210,13 @@ def _as_rules(
         pairs = list(penalty)
     else:
         raise TypeError(
-            f"{penalty!r} is no penalty and no rules; pass a penalty such as L1(1e-4), a dict from selector to "
+            f"expected a penalty or rules, got {penalty!r}; pass a penalty such as L1(1e-4), a dict from selector to "
             "penalty, or a list of (selector, penalty)"
         )
     rules: list[tuple[str, Parts | None, Penalty | None]] = []
     for pair in pairs:
         if not (isinstance(pair, tuple) and len(pair) == 2 and (pair[1] is None or isinstance(pair[1], Penalty))):
-            raise TypeError(f"rule {pair!r} is no pair (selector, penalty or None)")
+            raise TypeError(f"rule {pair!r} is not a pair (selector, penalty or None)")
         parts = inventory.resolve(pair[0])
         key = base = inventory.text(pair[0])
         repeats = 1

@@ -1,4 +1,4 @@
-"""Which parameters: selectors in, named parameters out, each tensor once and always current."""
+"""Selection of parameters: selectors in, named parameters out, each tensor once and always current."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class ParameterRef:
 
     @property
     def computed(self) -> bool:
-        """It is no parameter any more: a parametrization registered since computes it."""
+        """A parametrization that was registered since computes it, so it is not a parameter any more."""
         return self.owner._parameters.get(self.attribute) is None
 
     @property
@@ -143,7 +143,7 @@ def why_not_by_default(entry: ParameterRef) -> str:
 
 
 def kind_of(entry: ParameterRef) -> str:
-    """What makes `entry` other than a weight: "embedding", "norm layer", "bias" and so on; "" for a weight."""
+    """The kind of a parameter that is not a weight: "embedding", "norm layer", "bias" and so on; "" for a weight."""
     kind = kind_by_name(entry.attribute, entry.parameter)
     owners = [owner for _, owner in entry.places]
     if kind == "integer type":
@@ -156,7 +156,7 @@ def kind_of(entry: ParameterRef) -> str:
 
 
 def kind_by_name(attribute: str, tensor: Tensor) -> str:
-    """As much of `kind_of` as a tensor and the name of its attribute tell, without the module that holds it.
+    """`kind_of` as far as a tensor and the name of its attribute tell, without the module that holds it.
 
     >>> kind_by_name("pos_embedding", torch.zeros(1, 9, 4)), kind_by_name("weight", torch.zeros(3, 4))
     ('embedding', '')
@@ -223,7 +223,7 @@ class Inventory:
         return chosen
 
     def resolve(self, selector: Any) -> Parts:
-        """What `selector` matches, by name: it follows a copy of the model, and a lazy module that changes its type."""
+        """The names that `selector` matches: they hold for a lazy module that changes its type too."""
         if _is_list(selector):
             parts = [part for inner in selector for part in self.resolve(inner)]
             if not parts:
@@ -257,7 +257,7 @@ class Inventory:
         return [entry for entry in self.entries if entry.name in chosen]
 
     def text(self, selector: Any) -> str:
-        """How a selector is written in a term's key and in messages: a module and a parameter by their names."""
+        """The text of a selector in a term's key and in messages: modules and parameters have their names."""
         if _is_list(selector):
             return "|".join(map(self.text, selector))
         if isinstance(selector, nn.Module):
@@ -273,7 +273,7 @@ class Inventory:
                 try:
                     pattern = re.compile(selector[3:])
                 except re.error as error:
-                    raise ValueError(f'"{selector}" is no regular expression: {error}') from error
+                    raise ValueError(f'"{selector}" is not a regular expression: {error}') from error
                 return False, lambda entry: any(pattern.fullmatch(name) for name in entry.names)
             if any(selector in entry.names for entry in self.entries):
                 return True, lambda entry: selector in entry.names
@@ -281,14 +281,14 @@ class Inventory:
         if isinstance(selector, nn.Parameter):
             if all(entry.parameter is not selector for entry in self.entries):
                 raise ValueError(
-                    f"the parameter of shape {tuple(selector.shape)} is no parameter of {self.kind}; pass one that is, "
-                    "or its name"
+                    f"the parameter of shape {tuple(selector.shape)} is not a parameter of {self.kind}; pass one that "
+                    "is, or its name"
                 )
             return True, lambda entry: entry.parameter is selector
         if isinstance(selector, nn.Module):
             if id(selector) not in self._paths:
                 raise ValueError(
-                    f"the {type(selector).__name__} is no module of {self.kind}; pass one that is, or a glob"
+                    f"the {type(selector).__name__} is not a module of {self.kind}; pass one that is, or a glob"
                 )
             inside = {id(parameter) for parameter in selector.parameters()}
             return False, lambda entry: id(entry.parameter) in inside
@@ -336,7 +336,7 @@ def select(model: nn.Module, include: Selector | None = None, exclude: Selector 
     Returns:
         One `ParameterRef` a parameter, in the model's order.
     Raises:
-        TypeError: `model` is no module, a selector is of no known kind, or it names a parameter of an integer type.
+        TypeError: `model` is not a module, a selector is of no known kind, or it names a parameter of an integer type.
         ValueError: a selector matches nothing (with the nearest names), or nothing is left.
 
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
@@ -377,7 +377,7 @@ def warn_about(chosen: list[ParameterRef]) -> None:
 
 
 def selector_text(selector: Any) -> str:
-    """How a selector is written that needs no model to be named.
+    """The text of a selector that needs no model to be named.
 
     >>> selector_text("fc*.weight"), selector_text((nn.Linear, "weight")), selector_text(nn.Linear)
     ('fc*.weight', 'Linear.weight', 'Linear')

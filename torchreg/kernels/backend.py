@@ -1,4 +1,4 @@
-"""Which backend serves: the native library on a CPU, Triton's kernels on a GPU, and torch anywhere."""
+"""The choice of a backend: the native library on a CPU, Triton's kernels on a GPU, and torch anywhere."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Backends:
 
 
 def backends() -> Backends:
-    """Which backends compute the optimizers' steps and the statistics, and why the others do not.
+    """The backends that compute the optimizers' steps and the statistics, and why the others do not.
 
     The environment variable `TORCHREG_BACKEND` forces one: `native`, `triton` or `torch`.
 

@@ -100,7 +100,7 @@ def serves(device: torch.device) -> bool:
 
 
 def capturing(device: torch.device) -> bool:
-    """What is launched now is recorded for a CUDA graph, and not run."""
+    """A CUDA graph records what is launched now, and nothing runs."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -222,7 +222,7 @@ def _send(content: bytes, host: Tensor, table: Tensor) -> None:
 
 @functools.lru_cache(64)
 def _blocks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """Those of the same weights, which are penalized again and again."""
+    """Cached blocks of a list of sizes."""
     return blocks_of(dict(enumerate(sizes)), device)
 
 

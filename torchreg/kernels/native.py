@@ -39,7 +39,7 @@ class Library:
 
     @property
     def threads(self) -> int:
-        """How many threads the functions run in."""
+        """The number of threads that the functions run in."""
         return torch.get_num_threads() if self.team else 1
 
 

@@ -14,7 +14,7 @@ GOLDEN, FIRST, SECOND = 0x9E3779B9 - (1 << 32), 0x7FEB352D, 0x846CA68B - (1 << 3
 
 
 def word_of(key: int, step: Tensor) -> Tensor:
-    """What the random bits of a weight in this step begin with: 0-d, int32.
+    """The word that the random bits of a weight begin with in this step: 0-d, int32.
 
     Args:
         key: at least 0 and below 2³¹: another for each weight of an optimizer.

@@ -1,4 +1,4 @@
-"""What a dashboard asks of every weight: zeros, norms, rows and columns, in one pass and without synchronization."""
+"""Statistics of every weight for a dashboard: zeros, norms, rows and columns, in one pass, without synchronization."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def summarize(
     Returns:
         One summary a weight.
     Raises:
-        TypeError: a weight is no floating or complex tensor.
+        TypeError: a weight is not a floating or complex tensor.
         ValueError: `near_zero` is negative or not finite, or a support does not fit its weight; nothing has changed.
 
     >>> [summary] = summarize([torch.tensor([[3.0, 0.0], [0.0, -4.0]])])

@@ -301,7 +301,7 @@ def _curvature(here: Point, there: Point, step: float) -> float:
 
 
 def _ceiling(params: Sequence[Tensor]) -> float:
-    """How far a step may grow on a loss without curvature: step·λ and step·gradient must not overflow in the prox."""
+    """The longest step on a loss without curvature: step·λ and step·gradient must not overflow in the prox."""
     return min(max(torch.finfo(w.dtype).max, torch.finfo(torch.float32).max) for w in params) ** 0.5
 
 

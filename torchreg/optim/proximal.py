@@ -30,7 +30,7 @@ STOCHASTIC = StochasticRounding()
 
 
 class Proximal(Optimizer):
-    """What the swap-ins share: the stock step, then the prox.
+    """The base of the swap-ins: the stock step, then the prox.
 
     Attributes:
         attachment: the handle of the prox; `attachment.remove()` leaves a stock optimizer.
@@ -217,8 +217,8 @@ class ProxAdam(Proximal, Adam, stock=Adam):
 class ProxAdamW(Proximal, AdamW, stock=AdamW):
     """`torch.optim.AdamW` with a prox: decay, then w ← prox(w − s·m̂, s) with s = lr/(√v̂ + ε) for each weight.
 
-    Decoupled decay is no gradient: weights rest where gradient + ∂Ω + wd·(√v̂ + ε)·w = 0. The penalty's own solution is
-    that of weight_decay=0 (the stock default is 1e-2); for true ridge put L2 or ElasticNet in the regularizer.
+    Decoupled decay is not a gradient: weights rest where gradient + ∂Ω + wd·(√v̂ + ε)·w = 0. The penalty's own solution
+    is that of weight_decay=0 (the stock default is 1e-2); for true ridge put L2 or ElasticNet in the regularizer.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused: as in

@@ -1,4 +1,4 @@
-"""What moves λ, or trains a model more than once: schedules, target sparsity, refits, paths, stages."""
+"""Tools that move λ, or train a model more than once: schedules, target sparsity, refits, paths, stages."""
 
 from torchreg.training.cross_validation import CrossValidation, cross_validate
 from torchreg.training.path_points import PathPoint, Patience, RegularizationPath

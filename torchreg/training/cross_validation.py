@@ -40,7 +40,7 @@ class CrossValidation:
 
     @property
     def standard_error(self) -> Tensor:
-        """Of the mean: the deviation of the folds over √folds, (points,)."""
+        """The standard error of the mean: the deviation of the folds over √folds, (points,)."""
         return self.scores.std(0) / math.sqrt(len(self.paths))
 
     @property
@@ -132,7 +132,7 @@ def cross_validate(
     pairs = list(folds)
     for pair in pairs:
         if not (isinstance(pair, tuple) and len(pair) == 2 and all(map(callable, pair))):
-            raise TypeError(f"fold {pair!r} is no pair of functions; give (fit, score) for each")
+            raise TypeError(f"fold {pair!r} is not a pair of functions; give (fit, score) for each")
     if len(pairs) < 2:
         raise ValueError(
             f"{len(pairs)} folds give no standard error; give at least two, or for a single split "

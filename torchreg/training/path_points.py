@@ -178,13 +178,13 @@ class RegularizationPath(Sequence[PathPoint]):
         """Takes over what `state_dict()` gave.
 
         Raises:
-            ValueError: it is no state of a path; nothing has changed.
+            ValueError: it is not a state of a path; nothing has changed.
         """
         try:
             points = [PathPoint(**point) for point in state["points"]]
             lambdas, names, proportions, rng = (state[key] for key in ("lambdas", "names", "proportions", "rng"))
         except (KeyError, TypeError) as error:
-            raise ValueError(f"this is no state of a path ({error}); load what path.state_dict() gave") from error
+            raise ValueError(f"this is not a state of a path ({error}); load what path.state_dict() gave") from error
         self.lambdas, self._points, self._names = tuple(lambdas), points, list(names)
         self._proportions, self._rng = proportions, rng
 

@@ -58,7 +58,7 @@ def path(
         The path. Model and `regularizer` are left at its last point, after an exception too (before the first point, as
         they were). For `score` and `closure` the model is in evaluation mode.
     Raises:
-        TypeError: `regularizer` is no regularizer, something cannot be called, or the score is no number.
+        TypeError: `regularizer` is not a regularizer, something cannot be called, or the score is not a number.
         ValueError: there is neither a grid nor a closure, a λ is negative or not finite, all strengths are 0,
             `regularizer` is disabled, or `into` is a path of other terms or another grid. Nothing has changed then.
     Source: Friedman, Hastie and Tibshirani, 2010, for the grid and the warm starts; Lemhadri et al., 2021 (LassoNet),
@@ -147,7 +147,7 @@ def lambda_grid(
     Returns:
         λ in the units of `path`: of the first strength of `regularizer` that is not 0.
     Raises:
-        TypeError: `regularizer` is no regularizer, something cannot be called, or `n` or `ratio` is no number.
+        TypeError: `regularizer` is not a regularizer, something cannot be called, or `n` or `ratio` is not a number.
         ValueError: `n` or `ratio` is out of range, no term holds a weight at zero, or λ_max is 0 or not finite, as it
             may be for a deep network: at zero weights little has a gradient.
     Source: Friedman, Hastie and Tibshirani, 2010, section 2.5; scikit-learn's `lasso_path` has the same defaults.

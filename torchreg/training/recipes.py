@@ -32,7 +32,7 @@ def l1_then_l0(epoch: int, top: float = 4000.0) -> tuple[Recipe, Steps]:
     Returns:
         The recipe, and the curve of L1's factor over all of its steps.
     Raises:
-        TypeError: `epoch` is no whole number, or `top` no number.
+        TypeError: `epoch` is not a whole number, or `top` not a number.
         ValueError: `epoch` is less than 1, or `top` 100 or less.
     Source: Hazimeh and Mazumder, 2020, for L1 beside L0.
 

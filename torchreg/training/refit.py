@@ -63,7 +63,7 @@ def freeze_zeros(regularizer: Regularizer, optimizer: Optimizer) -> FrozenZeros:
     Returns:
         A handle: `remove()`, or a `with` block, ends it.
     Raises:
-        TypeError: what is given is no regularizer or no optimizer.
+        TypeError: an argument is not a regularizer or not an optimizer.
         ValueError: the optimizer lacks a selected parameter; nothing has changed.
 
     A copy of the three, or a run resumed from a checkpoint, is not frozen: call it again there.
@@ -117,7 +117,7 @@ def copy_zeros_(regularizer: Regularizer, model: nn.Module) -> None:
         regularizer: selects the parameters; its model has been trained with a prox.
         model: has the same names and shapes, wrapped (`AveragedModel`) or not.
     Raises:
-        TypeError: what is given is no regularizer or no model.
+        TypeError: an argument is not a regularizer or not a model.
         ValueError: `model` lacks a selected parameter, or has it in another shape; nothing has changed.
 
     >>> model = nn.Linear(2, 1, bias=False)

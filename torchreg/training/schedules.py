@@ -39,7 +39,7 @@ class Constant:
         value: a finite number ≥ 0.
         steps: how long it lasts in a `Chain`; None is forever.
     Raises:
-        TypeError: value is no number, or steps no whole number.
+        TypeError: value is not a number, or steps not a whole number.
         ValueError: value is negative, infinite or NaN, or steps is less than 1.
 
     >>> Constant(0.5)(1000)
@@ -98,7 +98,7 @@ class Linear(_Ramp):
         start, end: finite numbers ≥ 0.
         steps: how many steps it takes, at least 1; the end stays.
     Raises:
-        TypeError: a value is no number, or steps no whole number.
+        TypeError: a value is not a number, or steps not a whole number.
         ValueError: a value is negative, infinite or NaN, or steps is less than 1.
 
     >>> warm_up = Linear(0, 1, steps=4)
@@ -134,7 +134,7 @@ class Polynomial(_Ramp):
         start, end, steps: as in `Linear`.
         power: > 0; 1 is `Linear`.
     Raises:
-        TypeError: a value is no number, or steps no whole number.
+        TypeError: a value is not a number, or steps not a whole number.
         ValueError: a value is negative, infinite or NaN, power is 0, or steps is less than 1.
 
     >>> Polynomial(0, 1, steps=4, power=2)(2)
@@ -176,7 +176,7 @@ class Geometric(_Ramp):
         start, end: finite numbers > 0.
         steps: how many steps it takes, at least 1; the end stays.
     Raises:
-        TypeError: a value is no number, or steps no whole number.
+        TypeError: a value is not a number, or steps not a whole number.
         ValueError: a value is not finite or not above 0, or steps is less than 1.
 
     >>> rise = Geometric(1e-3, 1, steps=3)
@@ -193,7 +193,7 @@ class Geometric(_Ramp):
         return float(self.start ** (1 - t) * self.end**t)
 
     def _share(self, t: float) -> float:
-        raise NotImplementedError  # it is no share of the difference
+        raise NotImplementedError  # it is not a share of the difference
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class Exponential:
         start, end: finite numbers ≥ 0.
         time: the time constant in steps, > 0.
     Raises:
-        TypeError: a value is no number.
+        TypeError: a value is not a number.
         ValueError: a value is negative, infinite or NaN, or time is 0.
 
     >>> decay = Exponential(1, 0, time=100)
@@ -219,7 +219,7 @@ class Exponential:
     def __post_init__(self) -> None:
         time = nonnegative("time", self.time, "pass the time constant in steps, such as 1000")
         if time == 0:
-            raise ValueError("time=0 is no time constant; pass one in steps, such as 1000")
+            raise ValueError("time=0 is not a time constant; pass one in steps, such as 1000")
         _set(self, start=_value("start", self.start), end=_value("end", self.end), time=time)
 
     def __call__(self, step: int) -> float:
@@ -235,7 +235,7 @@ class Steps:
         start: a finite number ≥ 0.
         milestones: a dict from step, at least 1, to the value from there on.
     Raises:
-        TypeError: a value is no number, a step no whole number, or the milestones no dict.
+        TypeError: a value is not a number, a step not a whole number, or the milestones not a dict.
         ValueError: a value is negative, infinite or NaN, or a step is less than 1.
 
     >>> drop = Steps(1, {1000: 0.1, 2000: 0})
@@ -249,7 +249,7 @@ class Steps:
     def __post_init__(self) -> None:
         if not isinstance(self.milestones, Mapping):
             raise TypeError(
-                f"milestones={self.milestones!r} is no dict; pass the value from each step on: {{1000: 0.1}}"
+                f"milestones={self.milestones!r} is not a dict; pass the value from each step on: {{1000: 0.1}}"
             )
         pairs = sorted(
             (whole_number("milestone", at), _value(f"milestones[{at}]", v)) for at, v in self.milestones.items()
@@ -268,7 +268,7 @@ class Chain:
     Args:
         curves: each lasts its `steps`; the last may be any curve, and goes on forever.
     Raises:
-        TypeError: one is no curve.
+        TypeError: one is not a curve.
         ValueError: there is none, or one that others follow has no end.
 
     >>> up_and_down = Chain(Constant(0, steps=2), Linear(0, 1, steps=2), Linear(1, 0, steps=4))
@@ -318,7 +318,7 @@ class Schedule:
     Attributes:
         last_step: the number of calls of `step()`.
     Raises:
-        TypeError: what is given is no regularizer or no curve.
+        TypeError: an argument is not a regularizer or not a curve.
         ValueError: a term does not exist, or a curve gives no factor; nothing has changed.
 
     >>> reg = Regularizer(nn.Linear(3, 2), L1(1e-4))
@@ -373,14 +373,14 @@ class Schedule:
         self._factors, self.last_step = factors, step
 
     def state_dict(self) -> dict[str, int]:
-        """Where it stands, a plain number: for `torch.load(weights_only=True)`. The curves are not in it."""
+        """The step at which it stands, a plain number for `torch.load(weights_only=True)`. The curves are not in it."""
         return {"last_step": self.last_step}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Goes on from where that schedule stood, and sets the factors of that step.
 
         Raises:
-            TypeError: it is no state of a schedule.
+            TypeError: it is not a state of a schedule.
             ValueError: its step is negative; nothing has changed.
         """
         self._move(whole_number("last_step", checked_state(state, ["last_step"])["last_step"], least=0))

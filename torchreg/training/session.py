@@ -1,4 +1,4 @@
-"""What a fit may leave behind, and what comes back after it: weights, strengths, modes, carriers, random generators."""
+"""State that a fit may change, and that comes back after it: weights, strengths, modes, carriers, random generators."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ AS_WRITTEN = Constant(1.0)
 
 @dataclass(frozen=True, repr=False)
 class Stage(ABC):
-    """What holds during one part of a training; a stage of one's own says so in `on` and `holds`.
+    """One part of a training, with what holds in it; a stage of your own says so in `on` and `description`.
 
     Args:
         steps: how many steps its optimizer makes.
@@ -51,8 +51,8 @@ class Stage(ABC):
 
     @property
     @abstractmethod
-    def holds(self) -> str:
-        """What holds, in words: a cell of the recipe's table."""
+    def description(self) -> str:
+        """The stage in words: a cell of the recipe's table."""
 
     @abstractmethod
     def on(self, regularizer: Regularizer, optimizer: Optimizer) -> AbstractContextManager[object]:
@@ -81,8 +81,8 @@ class Pretrain(Stage):
     leaves_zeros = False
 
     @property
-    def holds(self) -> str:
-        """What holds, in words."""
+    def description(self) -> str:
+        """The stage in words."""
         return "penalty off"
 
     @contextlib.contextmanager
@@ -103,7 +103,7 @@ class Regularize(Stage):
         curve: as in `Schedule`: of all terms, or a dict from term to curve. λ as it was written by default.
         rewind: the stage of the recipe after which the weights are taken that it starts from, 0 being the beginning.
     Raises:
-        TypeError: `steps` or `rewind` is no whole number, or `curve` no curve.
+        TypeError: `steps` or `rewind` is not a whole number, or `curve` not a curve.
         ValueError: `steps` is less than 1, or `rewind` less than 0.
 
     >>> Regularize(4000, tr.schedules.Cubic(0, 1, steps=2000))
@@ -118,8 +118,8 @@ class Regularize(Stage):
             check_curve(curve)
 
     @property
-    def holds(self) -> str:
-        """What holds, in words."""
+    def description(self) -> str:
+        """The stage in words."""
         return "penalty on" if self.curve == AS_WRITTEN else f"penalty on, λ times {self.curve!r}"
 
     def check(self, regularizer: Regularizer) -> None:
@@ -147,7 +147,7 @@ class Sparsify(Stage):
         term, groups: as in `TargetSparsity`.
         rewind: the stage of the recipe after which the weights are taken that it starts from, 0 being the beginning.
     Raises:
-        TypeError: `steps` or `rewind` is no whole number, or `target` no number and no curve.
+        TypeError: `steps` or `rewind` is not a whole number, or `target` neither a number nor a curve.
         ValueError: `steps`, `target` or `rewind` is out of range.
 
     >>> Sparsify(4000, target=0.95)
@@ -167,8 +167,8 @@ class Sparsify(Stage):
                 raise ValueError(f"target={self.target!r} must be below 1: it is a share, and 0.9 means 90% zeros")
 
     @property
-    def holds(self) -> str:
-        """What holds, in words."""
+    def description(self) -> str:
+        """The stage in words."""
         target = f"{self.target!r}" if callable(self.target) else f"{self.target:.2%} zeros"
         return f"penalty on, λ moves to {target}"
 
@@ -195,7 +195,7 @@ class Refit(Stage):
         rewind: the stage of the recipe after which the weights are taken that it starts from, 0 being the beginning:
             the zeros stay, all else has the value that it had then.
     Raises:
-        TypeError: `steps` or `rewind` is no whole number.
+        TypeError: `steps` or `rewind` is not a whole number.
         ValueError: `steps` is less than 1, or `rewind` less than 0.
     Source: Belloni and Chernozhukov, 2013, for the refit; Frankle et al., 2020, for rewinding.
 
@@ -204,8 +204,8 @@ class Refit(Stage):
     """
 
     @property
-    def holds(self) -> str:
-        """What holds, in words."""
+    def description(self) -> str:
+        """The stage in words."""
         return "penalty off, zeros kept"
 
     @contextlib.contextmanager

@@ -26,7 +26,7 @@ class Recipe(tuple[Stage, ...]):
     Args:
         stages: one or more, in their order.
     Raises:
-        TypeError: one is no stage.
+        TypeError: one is not a stage.
         ValueError: there is none, a `Refit` has no zeros to keep, or a stage rewinds to no earlier point.
 
     >>> recipe = Recipe(Pretrain(500), Regularize(4000), Refit(2000, rewind=1))
@@ -48,7 +48,7 @@ class Recipe(tuple[Stage, ...]):
         for number, stage in enumerate(stages, start=1):
             if not isinstance(stage, Stage):
                 raise TypeError(
-                    f"stage {number} is {stage!r}, which is no stage; pass Pretrain, Regularize, Sparsify or Refit, "
+                    f"stage {number} is {stage!r}, which is not a stage; pass Pretrain, Regularize, Sparsify or Refit, "
                     "and a recipe within a recipe as *recipe"
                 )
             before = stages[number - 2] if number > 1 else None
@@ -80,7 +80,7 @@ class Recipe(tuple[Stage, ...]):
         """The stages to go through with the model of `regularizer`.
 
         Raises:
-            TypeError: `regularizer` is no regularizer.
+            TypeError: `regularizer` is not a regularizer.
             ValueError: `regularizer` is disabled, lacks a term that a stage moves, or selects a weight that cannot be
                 zero.
         """
@@ -91,7 +91,7 @@ class Recipe(tuple[Stage, ...]):
 
     def __str__(self) -> str:
         rows = [
-            [f"{number}", type(stage).__name__, f"{stage.steps:,}", stage.holds + _rewinding(stage)]
+            [f"{number}", type(stage).__name__, f"{stage.steps:,}", stage.description + _rewinding(stage)]
             for number, stage in enumerate(self, start=1)
         ]
         rows.append(["total", "", f"{sum(stage.steps for stage in self):,}", ""])
@@ -170,7 +170,7 @@ class Stages:
             self._begin(self.done + 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the present stage began: numbers and tensors, for `torch.load(weights_only=True)`.
+        """The point where the present stage began: numbers and tensors, for `torch.load(weights_only=True)`.
 
         Saved anywhere within a stage it is the same, so save it when a stage begins, or after the last.
         """
@@ -180,7 +180,7 @@ class Stages:
         """Goes on from there: model, strengths and random generators are as they were, when a stage is asked for again.
 
         Raises:
-            TypeError: it is no state of stages.
+            TypeError: it is not a state of stages.
             ValueError: it is of another model or other terms, or of a recipe that is shorter or keeps other weights to
                 rewind to; nothing has changed.
         """
@@ -209,7 +209,7 @@ class Stages:
         self.done, self._start, self._kept = done, start, {number: after[number] for number in self._needed(done)}
 
     def _point(self) -> dict[str, Any]:
-        """Where the training stands."""
+        """The point where the training stands."""
         regularizer = self.regularizer
         return {
             "model": copied(regularizer.model.state_dict()),

@@ -29,7 +29,7 @@ FASTEST = 40.0
 SOONEST = 0.1
 """What is missing is never made up for in a smaller share of the steps: weights take time to reach zero."""
 FAR = 0.05
-"""An error before the finish from which on the finish does more than round off: said in a warning."""
+"""An error before the finish above which the finish changes more than the last digits: it warns."""
 
 
 class TargetSparsity:
@@ -107,7 +107,7 @@ class TargetSparsity:
             raise ValueError(f"no term {term!r} to move; the terms are {list(regularizer.terms)}")
         if not (groups is None or isinstance(groups, Groups)):
             raise TypeError(
-                f"groups={groups!r} is no geometry; write groups=Rows() or groups=Columns(), or leave it out"
+                f"groups={groups!r} is not a geometry; write groups=Rows() or groups=Columns(), or leave it out"
             )
         self.regularizer = regularizer
         self.total_steps = whole_number("total_steps", total_steps, least=50)
@@ -226,7 +226,7 @@ class TargetSparsity:
         }
 
     def _sizes(self, binding: Binding, zero: Tensor, too_many: bool) -> Tensor:
-        """By what a unit is chosen, the least first; of too many zeros those are let go that have the most gradient."""
+        """The score of each unit: the smallest become zero; of too many zeros, the largest gradients are released."""
         parameter, anchor = _whole(binding)
         if not too_many:
             w = parameter - anchor
@@ -251,7 +251,7 @@ class TargetSparsity:
         return [binding for binding in self.regularizer.bindings() if binding.term.key in self._terms]
 
     def _zeros(self) -> list[Tensor]:
-        """Of each parameter, which units are zero; toward w₀, which are at w₀."""
+        """A mask for each parameter of the units that are zero; toward w₀, of those that are at w₀."""
         found = []
         for binding in self._bindings():
             w, anchor = _whole(binding)
@@ -330,7 +330,7 @@ class TargetSparsity:
         """Goes on from where that one stood, bit for bit.
 
         Raises:
-            TypeError: it is no state of a TargetSparsity.
+            TypeError: it is not a state of a TargetSparsity.
             ValueError: it holds zeros of other parameters or shapes; nothing has changed.
         """
         checked_state(state, list(self.state_dict()))
@@ -363,7 +363,7 @@ def _whole(binding: Binding) -> tuple[Tensor, Tensor]:
 
 
 def _anchor(binding: Binding) -> Tensor:
-    """What counts as zero: 0, or w₀."""
+    """The value that counts as zero: 0, or w₀."""
     parameter = binding.parameter()
     return (
         torch.zeros((), dtype=parameter.dtype, device=parameter.device)

@@ -1,4 +1,4 @@
-"""How a step in float32 comes back to weights and moments that are narrower."""
+"""Rounding of a step in float32 to weights and moments that are narrower."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Numbers = Mapping[str, tuple[Tensor, Tensor]]
 
 
 class Rounding(ABC):
-    """How ProxSGD, ProxAdam and ProxAdamW round bfloat16 and float16 weights, and their moments, after a step.
+    """The rounding of bfloat16 and float16 weights and moments after a step of ProxSGD, ProxAdam and ProxAdamW.
 
     The step with its prox is in float32, and each number is rounded once: by `StochasticRounding`, if nothing is said,
     or by `NearestRounding`. Weights in float32 and float64 are not rounded.
@@ -57,7 +57,7 @@ class Rounding(ABC):
 
 @dataclass(frozen=True)
 class NearestRounding(Rounding):
-    """To the nearest number of the weights' dtype, as torch rounds.
+    """Rounding to the nearest number of the weights' dtype, as torch rounds.
 
     A move below half a spacing is lost, at every step again: bfloat16 weights stand still as soon as lr times the
     update is below 0.2% of them, and a mean of squares with β₂ = 0.999 does so from the beginning.
@@ -76,7 +76,7 @@ class NearestRounding(Rounding):
 
 @dataclass(frozen=True)
 class StochasticRounding(Rounding):
-    """To one of the two neighbours, to the nearer one more often, so that the mean is the value.
+    """Rounding to one of the two neighbours, to the nearer one more often, so that the mean is the value.
 
     What a single step is too small to change, many steps change. Zeros and all other numbers of the dtype stay what
     they are. The random bits are a function of the seed, the parameter's number in the optimizer, the step and the
@@ -87,7 +87,7 @@ class StochasticRounding(Rounding):
     Args:
         seed: any integer; another one gives another run.
     Raises:
-        TypeError: seed is no integer.
+        TypeError: seed is not an integer.
     Source: Gupta, Agrawal, Gopalakrishnan and Narayanan, 2015; Zamirai, Zhang, Aberger and De Sa, 2020.
 
     >>> StochasticRounding(seed=1)

@@ -1,4 +1,4 @@
-"""What the kernels know of an optimizer: its settings, buffers and numbers, and its momentum's unit response."""
+"""Optimizers as the kernels know them: settings, buffers and numbers, and the unit response of a momentum."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ UNPENALIZED = L1L2(0.0, 0.0)
 
 
 class Inputs:
-    """What a step is given: its parameters with a gradient, and all that decides whether kept tables still hold.
+    """The inputs of a step: its parameters with a gradient, and all that decides whether kept tables are still valid.
 
     Attributes:
         penalties: the penalty of each parameter, or `UNPENALIZED`.
@@ -50,7 +50,7 @@ class Inputs:
         ]
 
     def coefficients(self) -> list[L1L2] | None:
-        """λ₁ and λ₂ of each parameter; None where a penalty is no sum of |w| and w², or where all strengths are 0."""
+        """λ₁ and λ₂ of each parameter; None where a penalty is not a sum of |w| and w², or all strengths are 0."""
         every = [x if isinstance(x, L1L2) else x.coefficients() for x in self.penalties]
         known = [x for x in every if x is not None]
         return known if len(known) == len(every) and any(x.l1 or x.l2 for x in known) else None
