@@ -357,14 +357,31 @@ def learning_rate(group: Group, state: State, parameter: Tensor) -> Step:
 # ---------------------------------------------------------------------- parts of a parameter
 
 
-def part_of_state(state: State, parameter: Tensor, part: slice) -> State:
-    """The state of some entries of a parameter, in their flat order: what an elementwise step size needs for them."""
-    return {
-        key: unsharded(value.detach()).reshape(-1)[part]
-        if isinstance(value, Tensor) and value.shape == parameter.shape
-        else value
-        for key, value in state.items()
-    }
+class StatePart(dict[str, Any]):
+    """The state of some entries of a parameter, in their flat order, which an elementwise step size reads for them.
+
+    Attributes:
+        part: which entries; it may be set anew.
+
+    >>> StatePart({"step": 3, "exp_avg_sq": torch.eye(2)}, torch.zeros(2, 2), slice(0, 3))["exp_avg_sq"]
+    tensor([1., 0., 0.])
+    """
+
+    def __init__(self, state: State, parameter: Tensor, part: slice) -> None:
+        super().__init__()
+        self.part, self._flat = part, set()
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                value = unsharded(value.detach()).reshape(-1)
+                self._flat.add(key)
+            self[key] = as_number(value) if isinstance(value, Tensor) and not value.dim() else value
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        return value[self.part] if key in self._flat else value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default  # noqa: SIM401  dict.get would not cut
 
 
 def sampled_step(step_size: StepSize, group: Group, state: State, parameter: Tensor) -> Step:
@@ -383,7 +400,7 @@ def sampled_step(step_size: StepSize, group: Group, state: State, parameter: Ten
         stride = max(1, parameter.numel() // 1000)
         while math.gcd(stride, parameter.numel()) > 1:  # else it would sample some columns again and again
             stride += 1
-        state = part_of_state(state, parameter, slice(None, None, stride))
+        state = StatePart(state, parameter, slice(None, None, stride))
     try:
         return step_size(group, state, parameter)
     except KeyError:  # the state is not there yet

@@ -11,7 +11,7 @@ from torch.optim import SGD, Optimizer
 
 from torchreg._tensors import PIECE, Step, is_dense, is_laid_out_like
 from torchreg.optim.executors.job import Executor, Job, is_idle
-from torchreg.optim.step_sizes import Group, State, StepSize, part_of_state
+from torchreg.optim.step_sizes import Group, State, StatePart, StepSize
 from torchreg.penalties import Penalty
 
 
@@ -71,10 +71,15 @@ class Prox:
 
     def _in_pieces(self, group: Group, state: State, w: Tensor, penalty: Penalty) -> None:
         """Steps and proxes a large weight in pieces, so that what belongs to one stays in the processor's cache."""
+        step_size = self.job.step_size
+        step = 0.0 if step_size.diagonal else step_size(group, state, w)
+        state_of_piece = StatePart(state, w, slice(0))
         for first in range(0, w.numel(), PIECE):
-            piece = slice(first, first + PIECE)
-            part = w.view(-1)[piece]
-            penalty.prox_(part, self.job.step_size(group, part_of_state(state, w, piece), part))
+            state_of_piece.part = slice(first, first + PIECE)
+            piece = w.view(-1)[state_of_piece.part]
+            if step_size.diagonal:
+                step = step_size(group, state_of_piece, piece)
+            penalty.prox_(piece, step)
 
 
 def _tangent(penalty: Penalty, w: Tensor, optimizer: Optimizer) -> Penalty:
