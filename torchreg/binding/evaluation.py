@@ -32,6 +32,16 @@ def values(items: Iterable[Item]) -> Iterator[tuple[str, Tensor]]:
     yield from _sharded(parts)
 
 
+def total(values: list[Tensor], like: Tensor) -> Tensor:
+    """The sum of 0-d tensors of any device and dtype; of none, 0 on the device of `like`."""
+    if not values:
+        return torch.zeros((), device=like.device)
+    if len(values) == 1:
+        return values[0]
+    dtype = torch.float64 if any(value.dtype == torch.float64 for value in values) else torch.float32
+    return torch.stack([value.to(values[0].device, dtype) for value in values]).sum()
+
+
 def _sharded(parts: dict[ReduceGroup, list[Item]]) -> Iterator[tuple[str, Tensor]]:
     """The same of sharded weights: one exchange for all those of a key that are divided among the same processes."""
     for peers, own in parts.items():

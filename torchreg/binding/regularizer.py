@@ -15,7 +15,7 @@ from torchreg._tensors import Step, checked_step, is_differentiated
 from torchreg.binding import evaluation
 from torchreg.binding.bindings import Binding, Carrier, Term
 from torchreg.binding.explain import explained
-from torchreg.binding.resolve import Resolution, Rules, Scale, canonical
+from torchreg.binding.resolve import Resolution, Rules, Scale, given_tensors
 from torchreg.binding.selection import Selector, warn_about
 from torchreg.penalties import Penalty
 
@@ -122,10 +122,11 @@ class Regularizer:
         {'weight': tensor([[ 0.5000, -0.5000]])}
         """
         bindings = self._evaluated()
-        given = None if parameters is None else _given(parameters, bindings)
+        given = None if parameters is None else given_tensors(parameters, bindings)
         if given is None and not torch.compiler.is_compiling() and is_differentiated():
             self._warn_of_constants(bindings)
-        return _total([value for _, value in evaluation.values(self._items(bindings, False, given))], bindings[0])
+        values = [value for _, value in evaluation.values(self._items(bindings, False, given))]
+        return evaluation.total(values, bindings[0].parameter())
 
     def components(self) -> dict[str, Tensor]:
         """The value of each term, by its key; they sum to `reg()`."""
@@ -133,7 +134,7 @@ class Regularizer:
         parts: dict[str, list[Tensor]] = {key: [] for key in self.terms}
         for key, value in evaluation.values(self._items(bindings, by_term=True)):
             parts[key].append(value)
-        return {key: _total(values, bindings[0]) for key, values in parts.items()}
+        return {key: evaluation.total(values, bindings[0].parameter()) for key, values in parts.items()}
 
     def add_gradient_(self) -> Tensor:
         """Adds the gradient of `reg()` to `.grad` of every parameter on the loss route, as `loss + reg()` would have.
@@ -156,9 +157,8 @@ class Regularizer:
         tensor([[0.7500, 0.7500]])
         """
         bindings = self._evaluated()
-        return _total(
-            [value for _, value in evaluation.add_gradients_(self._items(bindings, by_term=False))], bindings[0]
-        )
+        values = [value for _, value in evaluation.add_gradients_(self._items(bindings, by_term=False))]
+        return evaluation.total(values, bindings[0].parameter())
 
     def prox_(self, step: Step | Mapping[str, Step], start: Mapping[str, Tensor] | None = None) -> None:
         """Applies the prox to every selected parameter in place: for an optimizer of one's own.
@@ -355,39 +355,6 @@ class Regularizer:
                 "has no gradient. Pass those of functional_call: reg(parameters)",
                 stacklevel=3,
             )
-
-
-def _given(parameters: Mapping[str, Tensor], bindings: list[Binding]) -> list[Tensor]:
-    """The tensor that `parameters` has for each bound parameter."""
-    if not isinstance(parameters, Mapping):
-        raise TypeError(
-            f"parameters is a {type(parameters).__name__}; pass tensors by name: reg(dict(model.named_parameters()))"
-        )
-    state, found = canonical(parameters), []
-    for binding in bindings:
-        w = next((state[name] for name in binding.selected.names if name in state), None)
-        shape = tuple(binding.parameter().shape)
-        if w is None:
-            raise ValueError(
-                f"parameters has no {binding.name}, which is selected; give all that functional_call gets, or exclude "
-                f"it"
-            )
-        if w.shape != shape:
-            raise ValueError(
-                f"parameters has {binding.name} in shape {tuple(w.shape)}, the model in {shape}; for a stack of models "
-                "call the regularizer under torch.vmap"
-            )
-        found.append(w)
-    return found
-
-
-def _total(values: list[Tensor], first: Binding) -> Tensor:
-    if not values:
-        return torch.zeros((), device=first.parameter().device)
-    if len(values) == 1:
-        return values[0]
-    dtype = torch.float64 if any(value.dtype == torch.float64 for value in values) else torch.float32
-    return torch.stack([value.to(values[0].device, dtype) for value in values]).sum()
 
 
 def _outline(state: Mapping[str, Mapping[str, float]]) -> str:

@@ -258,6 +258,30 @@ def _anchor(toward: Mapping[str, Tensor], selected: ParameterRef, parameter: Ten
     raise ValueError(f"toward has no {selected.name}; exclude the parameter, or add it to the state dict")
 
 
+def given_tensors(parameters: Mapping[str, Tensor], bindings: list[Binding]) -> list[Tensor]:
+    """The tensor that `parameters` has for each bound parameter."""
+    if not isinstance(parameters, Mapping):
+        raise TypeError(
+            f"parameters is a {type(parameters).__name__}; pass tensors by name: reg(dict(model.named_parameters()))"
+        )
+    state, given = canonical(parameters), []
+    for binding in bindings:
+        w = next((state[name] for name in binding.selected.names if name in state), None)
+        shape = tuple(binding.parameter().shape)
+        if w is None:
+            raise ValueError(
+                f"parameters has no {binding.name}, which is selected; give all that functional_call gets, or "
+                "exclude it"
+            )
+        if w.shape != shape:
+            raise ValueError(
+                f"parameters has {binding.name} in shape {tuple(w.shape)}, the model in {shape}; for a stack of models "
+                "call the regularizer under torch.vmap"
+            )
+        given.append(w)
+    return given
+
+
 def _has_changed(edge: Edge) -> bool:
     modules, key, child, kind = edge
     return modules.get(key) is not child or type(child) is not kind
