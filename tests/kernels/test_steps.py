@@ -552,3 +552,31 @@ def test_the_profiler_sees_the_step_and_hooks_may_come_and_go() -> None:
     handle.remove()
     optimizer.step()
     assert fired == ["pre"]
+
+
+@pytest.mark.parametrize("swap_in", [tr.optim.ProxSGD, tr.optim.ProxAdam], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("change", ["a parameter moves to another group", "the count of steps is replaced"])
+def test_what_the_user_edits_in_groups_and_state_is_noticed(
+    swap_in: Any, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = []
+    for backend in ("native", "torch"):
+        monkeypatch.setenv("TORCHREG_BACKEND", backend)
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(3)))
+        a, b, c = model.parameters()
+        groups = [{"params": [a, b], "weight_decay": 0.5}, {"params": [c], "weight_decay": 0.0}]
+        optimizer = swap_in(groups, lr=0.1, regularizer=tr.Regularizer(model, tr.L1(1e-4)))
+        for t in range(12):
+            if t == 4 and change.startswith("a parameter"):
+                for group, params in zip(optimizer.param_groups, ([a], [b, c]), strict=True):
+                    group["params"] = params
+            elif t == 4:
+                for state in optimizer.state.values():
+                    state.update({"step": torch.zeros(())} if "step" in state else {})
+            for w in (a, b, c):
+                w.grad = torch.full_like(w, 0.01)
+            optimizer.step()
+        ends.append(model.state_dict())
+    for name, w in ends[1].items():
+        torch.testing.assert_close(ends[0][name], w, rtol=1e-5, atol=1e-6)
